@@ -1,0 +1,3839 @@
+"""clinvk: the AI CLIs of a workstation behind one local HTTP server, in three API styles.
+
+The file stands in the order a request travels: what is below uses what is above, never the reverse.
+SPEC n is a section of the contract, BACKENDS and PROTOCOLS are facts measured on the real CLIs.
+"""
+from __future__ import annotations
+
+import argparse
+import codecs
+import collections
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import functools
+import hmac
+import http
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import (Any, Callable, ClassVar, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
+                    NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union, cast,
+                    get_args, get_origin, get_type_hints)
+
+import bottle
+import waitress.channel
+import waitress.server
+import waitress.task
+import yaml
+
+__version__ = "0.1.0"
+
+Json = Dict[str, Any]
+TICK = 0.1  # seconds between two looks at whether a silent run must end
+LOG = logging.getLogger("clinvk")
+SILENCE = 10.0  # seconds without output after which a client is told that the run is still going on
+
+
+# ==== Errors ======================================================================================
+# In: a fact, where it is known. Out: an exception that each API's renderer can show (SPEC 5).
+
+class Problem(NamedTuple):
+    """One fault of a request or a config file. `location` is a path such as `messages[0].content`."""
+    location: str
+    message: str
+    value: Any = None
+
+
+class ClinvkError(Exception):
+    """What a client is told: what was wrong and what to do. One subclass per row of SPEC 5."""
+    status: int = 500
+    native_status: Optional[int] = None  # where /api/v1 differs
+    openai: Tuple[str, Optional[str]] = ("api_error", None)  # type, code
+    anthropic: str = "api_error"
+    prompted = False  # whether a CLI had already been given the prompt: then SDKs must not repeat the request
+    retry_after: Optional[float] = None  # seconds
+    problems: Sequence[Problem] = ()
+
+    @property
+    def code(self) -> str:
+        """The one word that names this error in events and logs."""
+        return self.openai[1] or self.openai[0]
+
+
+class BadRequest(ClinvkError):
+    """Not JSON, not UTF-8, NaN, nested too deep, or something this version can not do."""
+    status, openai, anthropic = 400, ("invalid_request_error", None), "invalid_request_error"
+
+
+class Invalid(BadRequest):
+    """Fields that are missing, wrong, out of range or (where that is checked) unknown."""
+    native_status = 422
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("; ".join(f"{p.location}: {p.message}" for p in problems))
+        self.problems = problems
+
+
+class UnknownModel(ClinvkError):
+    """No backend goes by that name, or its CLI says that it has no such model."""
+    status, openai, anthropic = 404, ("invalid_request_error", "model_not_found"), "not_found_error"
+
+
+class BackendAuth(ClinvkError):
+    """The CLI is not logged in, or its provider refuses its login."""
+    status, openai, anthropic = 401, ("authentication_error", "backend_auth"), "authentication_error"
+
+
+class Forbidden(ClinvkError):
+    """A Host, an Origin, a working directory or a flag that is not allowed."""
+    status, openai, anthropic = 403, ("permission_error", None), "permission_error"
+
+
+class NotFound(ClinvkError):
+    """No such path."""
+    status, openai, anthropic = 404, ("not_found_error", None), "not_found_error"
+
+
+class MethodNotAllowed(ClinvkError):
+    """The path is there, but not for this method."""
+    status, openai, anthropic = 405, ("invalid_request_error", None), "invalid_request_error"
+
+    def __init__(self, message: str, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
+
+
+class WrongType(ClinvkError):
+    """A body that is not said to be JSON: a web page can send any other type without asking first."""
+    status, openai, anthropic = 415, ("invalid_request_error", None), "invalid_request_error"
+
+
+class TooLarge(ClinvkError):
+    """The body is over `server.max_request_body_bytes`."""
+    status, openai, anthropic = 413, ("invalid_request_error", "request_too_large"), "request_too_large"
+
+
+class Unauthorized(ClinvkError):
+    """No key, or a wrong one."""
+    status, openai, anthropic = 401, ("authentication_error", "invalid_api_key"), "authentication_error"
+
+
+class RateLimited(ClinvkError):
+    """The CLI's provider said 429, or its usage limit is reached."""
+    status, openai, anthropic = 429, ("rate_limit_error", "rate_limit_exceeded"), "rate_limit_error"
+
+
+class BackendUnavailable(ClinvkError):
+    """The CLI is not installed or is disabled, or the waiting line is full."""
+    status, openai, anthropic = 503, ("api_error", "backend_unavailable"), "overloaded_error"
+
+
+class BackendFailed(ClinvkError):
+    """The CLI ran and failed, or printed too much."""
+    status, openai, anthropic = 502, ("api_error", "backend_failed"), "api_error"
+
+
+class TimedOut(ClinvkError):
+    """The time of the request is up."""
+    status, openai, anthropic = 504, ("api_error", "timeout"), "timeout_error"
+
+
+class Canceled(ClinvkError):
+    """The run was ended because nobody waits for it any more: the client has gone, or the server stops."""
+    status, openai, anthropic = 503, ("api_error", "canceled"), "overloaded_error"
+
+
+class ConfigError(Exception):
+    """Why the server can not start: one line that says what and how to mend it."""
+
+
+# ==== Fields ======================================================================================
+# In: a JSON (or YAML) value and a dataclass whose fields say what is allowed. Out: an instance, or every problem.
+
+Model = TypeVar("Model")
+
+
+def param(default: Any = dataclasses.MISSING, *, doc: str = "", minimum: Optional[float] = None,
+          maximum: Optional[float] = None, above: Optional[float] = None, choices: Sequence[Any] = (),
+          longest: Optional[int] = None, not_empty: bool = False, free_text: bool = False) -> Any:
+    """A field that may come over the wire. `default` is a value, or list, dict or a dataclass to make one of.
+
+    `free_text` is for what never reaches a command line or a file name: NUL is allowed in it."""
+    rules = {"doc": doc, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices,
+             "longest": longest, "not_empty": not_empty, "free_text": free_text, "wire": True}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=rules)
+    return dataclasses.field(default=default, metadata=rules)
+
+
+def internal(default: Any) -> Any:
+    """A field that our own code sets; on the wire its name is unknown."""
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default)
+    return dataclasses.field(default=default)
+
+
+class Open:
+    """A model of somebody else's API: fields we do not know are no fault; their names are kept in `unknown`."""
+
+
+def check(model: Type[Model], value: Any, where: str = "") -> Model:
+    """`value` as an instance of `model`. Raises Invalid with every problem; null means absent."""
+    checker = Checker()
+    built = checker.model(model, value, where)
+    if checker.problems:
+        raise Invalid(checker.problems)
+    if hasattr(built, "unknown"):
+        built = dataclasses.replace(built, unknown=tuple(dict.fromkeys(checker.unknown)))
+    return cast(Model, built)
+
+
+@functools.lru_cache(maxsize=None)
+def wire_fields(model: Any) -> Dict[str, Tuple[Any, Mapping[str, Any], bool]]:
+    """For each field that may come over the wire: its type, its rules, and whether it must be there."""
+    hints = get_type_hints(model)
+    return {f.name: (hints[f.name], f.metadata, f.default is f.default_factory is dataclasses.MISSING)
+            for f in dataclasses.fields(model) if f.metadata.get("wire")}
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean "x"?`, or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+class Checker:
+    """Collects what is wrong with a value instead of stopping at the first fault."""
+
+    def __init__(self) -> None:
+        self.problems: List[Problem] = []
+        self.unknown: List[str] = []
+
+    def wrong(self, at: str, message: str, value: Any = None) -> None:
+        self.problems.append(Problem(at, message, value if isinstance(value, (str, int, float, bool)) else None))
+
+    def model(self, model: Any, value: Any, at: str) -> Any:
+        if not isinstance(value, dict):
+            return self.wrong(at or "body", "must be an object", value)
+        fields, before = wire_fields(model), len(self.problems)
+        for name in value:
+            if name not in fields:
+                self.stranger(model, str(name), at, fields)
+        built = {}
+        for name, (kind, rules, required) in fields.items():
+            place = f"{at}.{name}" if at else name
+            if value.get(name) is not None:
+                built[name] = self.value(kind, value[name], place, rules)
+            elif required:
+                self.wrong(place, "is required")
+        return model(**built) if len(self.problems) == before else None
+
+    def stranger(self, model: Any, name: str, at: str, known: Iterable[str]) -> None:
+        """A field that `model` does not have."""
+        place = f"{at}.{name}" if at else name
+        if issubclass(model, Open):
+            self.unknown.append(re.sub(r"\[\d+\]", "", place))
+        else:
+            self.wrong(place, "is not known" + nearest(name, known))
+
+    def value(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+        origin, inner = get_origin(kind), get_args(kind)
+        if origin is Union:
+            return self.union([k for k in inner if k is not type(None)], value, at, rules)
+        if origin is list:
+            return self.items(inner[0], value, at, rules)
+        if origin is dict:
+            return self.mapping(inner[1], value, at, rules)
+        if dataclasses.is_dataclass(kind):
+            return self.model(kind, value, at)
+        return value if kind is Any else self.scalar(kind, value, at, rules)
+
+    def union(self, kinds: List[Any], value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+        """The first kind whose JSON type is the value's."""
+        for kind in kinds:
+            if len(kinds) == 1 or json_type(kind) == json_type(type(value)):
+                return self.value(kind, value, at, rules)
+        return self.wrong(at, "must be " + " or ".join(ARTICLES[json_type(kind)] for kind in kinds), value)
+
+    def items(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+        if not isinstance(value, list):
+            return self.wrong(at, "must be a list", value)
+        if rules.get("not_empty") and not value:
+            self.wrong(at, "must not be empty")
+        if rules.get("longest") and len(value) > rules["longest"]:
+            self.wrong(at, f"must have at most {rules['longest']} items")
+        inner = {**rules, "not_empty": False, "longest": None}
+        return [self.value(kind, item, f"{at}[{index}]", inner) for index, item in enumerate(value)]
+
+    def mapping(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+        if not isinstance(value, dict):
+            return self.wrong(at, "must be an object", value)
+        for name in value:
+            if not isinstance(name, str):
+                self.wrong(at, f"{name!r} must be a string; put it in quotes")
+        return {name: self.value(kind, item, f"{at}.{name}", rules) for name, item in value.items()}
+
+    def scalar(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not kind:
+            return self.wrong(at, f"must be {ARTICLES[json_type(kind)]}", value)
+        fault = text_fault(value, rules) if kind is str else number_fault(value, rules)
+        if rules["choices"] and value not in rules["choices"]:
+            fault = "must be one of " + ", ".join(map(str, rules["choices"]))
+        if fault:
+            self.wrong(at, fault, value)
+        return value
+
+
+ARTICLES = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false",
+            "list": "a list", "dict": "an object", "NoneType": "null"}
+
+
+def json_type(kind: Any) -> str:
+    """The name of the JSON type that a Python type or annotation is written as."""
+    plain = get_origin(kind) or kind
+    return "dict" if dataclasses.is_dataclass(plain) else str(plain.__name__)
+
+
+def text_fault(value: str, rules: Mapping[str, Any]) -> str:
+    if rules["not_empty"] and not value:
+        return "must not be empty"
+    if "\0" in value and not rules["free_text"]:
+        return "must not contain a NUL character"
+    return ""
+
+
+def number_fault(value: Any, rules: Mapping[str, Any]) -> str:
+    if rules["minimum"] is not None and value < rules["minimum"]:
+        return f"must be at least {rules['minimum']:g}"
+    if rules["above"] is not None and not value > rules["above"]:
+        return f"must be more than {rules['above']:g}"
+    if rules["maximum"] is not None and value > rules["maximum"]:
+        return f"must be at most {rules['maximum']:g}"
+    return ""
+
+
+# ==== Config ======================================================================================
+# In: a YAML file, the environment, command line flags. Out: one frozen Config (SPEC 6).
+
+BUILT_IN = ("claude", "codex", "gemini", "echo")
+APPROVAL_MODES = ("default", "auto", "none", "always")
+SANDBOX_MODES = ("default", "read-only", "workspace", "full")
+OUTPUT_FORMATS = ("default", "text", "json", "stream-json")
+TERMINAL_ONLY = "of the terminal commands; accepted and without effect"
+
+
+@dataclass(frozen=True)
+class UnifiedFlags:
+    approval_mode: str = param("default", choices=APPROVAL_MODES)
+    sandbox_mode: str = param("default", choices=SANDBOX_MODES)
+    verbose: bool = param(False)
+    dry_run: bool = param(False, doc="answer with the command line that would run, and run nothing")
+    max_turns: int = param(0, minimum=0, doc="0: no limit")
+    max_tokens: int = param(0, minimum=0, doc="0: no limit")
+    command_timeout_secs: float = param(0.0, minimum=0, doc="0: server.request_timeout_secs")
+
+
+@dataclass(frozen=True)
+class ModelAliases:
+    fast: str = param("")
+    balanced: str = param("")
+    best: str = param("")
+
+
+@dataclass(frozen=True)
+class BackendConfig:
+    command: Union[str, List[str]] = param("", doc="program, or program and arguments; empty: the backend's own name")
+    model: str = param("", doc="empty: the CLI's own")
+    models: ModelAliases = param(ModelAliases)
+    allowed_tools: str = param("")
+    approval_mode: str = param("", choices=("", *APPROVAL_MODES), doc="empty: unified_flags.approval_mode")
+    sandbox_mode: str = param("", choices=("", *SANDBOX_MODES), doc="empty: unified_flags.sandbox_mode")
+    enabled: bool = param(True)
+    system_prompt: str = param("", free_text=True)
+    extra_flags: List[str] = param(list, doc="always added to the command line")
+    allowed_extra_flags: List[str] = param(list, doc="what requests may pass in `extra` besides the built-in list")
+    env: Dict[str, str] = param(dict, doc="added to the CLI's environment")
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    retention_days: float = param(30.0, minimum=0)
+    store_token_usage: bool = param(True)
+    default_tags: List[str] = param(list)
+    auto_resume: bool = param(True, doc=TERMINAL_ONLY)
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    format: str = param("json", choices=OUTPUT_FORMATS[1:])
+    show_tokens: bool = param(False, doc=TERMINAL_ONLY)
+    show_timing: bool = param(False, doc=TERMINAL_ONLY)
+    color: bool = param(True, doc=TERMINAL_ONLY)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    max_workers: int = param(3, minimum=1)
+    fail_fast: bool = param(False)
+    aggregate_output: bool = param(True, doc=TERMINAL_ONLY)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    host: str = param("127.0.0.1", not_empty=True)
+    port: int = param(8080, minimum=0, maximum=65535)
+    request_timeout_secs: float = param(300.0, above=0)
+    read_timeout_secs: float = param(30.0, above=0)
+    write_timeout_secs: float = param(300.0, above=0)
+    idle_timeout_secs: float = param(120.0, above=0)
+    api_keys_gopass_path: str = param("")
+    rate_limit_enabled: bool = param(False)
+    rate_limit_rps: float = param(10.0, above=0)
+    rate_limit_burst: int = param(20, minimum=1)
+    rate_limit_cleanup_secs: float = param(180.0, above=0)
+    trusted_proxies: List[str] = param(list)
+    max_request_body_bytes: int = param(10 * 1024 * 1024, minimum=0, doc="0: no limit")
+    cors_allowed_origins: List[str] = param(list)
+    cors_allow_credentials: bool = param(False)
+    cors_max_age: int = param(300, minimum=0)
+    allowed_hosts: List[str] = param(list)
+    allowed_workdir_prefixes: List[str] = param(list)
+    blocked_workdir_prefixes: List[str] = param(list)
+    metrics_enabled: bool = param(False)
+    model_aliases: Dict[str, str] = param(dict)
+    compat_mode: str = param("model", choices=("model", "agent"))
+    spares: int = param(2, minimum=0)
+    spare_idle_secs: float = param(300.0, above=0)
+    spares_at_start: bool = param(False)
+    live_conversations: int = param(2, minimum=0)
+    max_concurrent_runs: int = param(8, minimum=1, maximum=1000)
+    max_waiting_runs: int = param(64, minimum=0, maximum=10_000)
+    max_output_bytes: int = param(64 * 1024 * 1024, minimum=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting. `home` is clinvk's own directory, `keys` what a client must send one of (none: open)."""
+    default_backend: str = param("claude", not_empty=True)
+    unified_flags: UnifiedFlags = param(UnifiedFlags)
+    backends: Dict[str, BackendConfig] = param(dict)
+    session: SessionConfig = param(SessionConfig)
+    output: OutputConfig = param(OutputConfig)
+    parallel: ParallelConfig = param(ParallelConfig)
+    server: ServerConfig = param(ServerConfig)
+    home: Path = internal(Path())
+    keys: Tuple[str, ...] = internal(())
+    environ: Mapping[str, str] = internal(dict)  # what the CLIs inherit
+
+    def names(self) -> List[str]:
+        """Every configured backend: the built-in CLIs, then the configured ones in order of name, `echo` last."""
+        extra = sorted(set(self.backends) - set(BUILT_IN))
+        return [*BUILT_IN[:-1], *extra, BUILT_IN[-1]]
+
+
+# Settings whose effect is still to be built: a start that would ignore them silently is refused.
+NOT_YET = ("api_keys_gopass_path", "rate_limit_enabled", "trusted_proxies", "cors_allowed_origins",
+           "cors_allow_credentials", "metrics_enabled", "spares_at_start")
+
+# Environment variable -> the key it sets.
+VARIABLES = {
+    "CLINVK_BACKEND": "default_backend", "CLINVK_CLAUDE_MODEL": "backends.claude.model",
+    "CLINVK_CODEX_MODEL": "backends.codex.model", "CLINVK_GEMINI_MODEL": "backends.gemini.model",
+    "CLINVK_API_KEYS_GOPASS_PATH": "server.api_keys_gopass_path", "CLINVK_HOST": "server.host",
+    "CLINVK_PORT": "server.port",
+}
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML as written: a key that stands twice is a fault, not an overwrite."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
+        seen: Set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Optional[str], environ: Mapping[str, str], flags: Mapping[str, Any]) -> Config:
+    """Flags beat environment beats file beats defaults. Raises ConfigError: file, key, what is allowed.
+
+    `path` is what --config says; `flags` maps a key such as `server.port` to a value of the command line."""
+    home = Path(environ.get("CLINVK_HOME") or Path(environ.get("HOME") or Path.home()) / ".clinvk").absolute()
+    named = path or environ.get("CLINVK_CONFIG")
+    file = Path(named) if named else home / "config.yaml"
+    tree = read_yaml(file) if named or file.exists() else {}
+    sources = {}
+    for variable, key in VARIABLES.items():
+        if environ.get(variable):
+            sources[key] = variable
+            put(tree, key, number_of(environ[variable]) if key == "server.port" else environ[variable])
+    for key, value in flags.items():
+        sources[key] = "--" + key.rpartition(".")[2]
+        put(tree, key, value)
+    try:
+        config = check(Config, tree)
+    except Invalid as error:
+        raise ConfigError("; ".join(explain(p, sources.get(p.location, str(file))) for p in error.problems)) from None
+    given = {name: BackendConfig() for name in BUILT_IN}
+    keys = tuple(key.strip() for key in environ.get("CLINVK_API_KEYS", "").split(",") if key.strip())
+    config = dataclasses.replace(config, backends={**given, **config.backends}, home=home, keys=keys,
+                                 environ=dict(environ))
+    refuse_contradictions(config, lambda key: sources.get(key, str(file)))
+    return config
+
+
+def read_yaml(file: Path) -> Json:
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"{file}: can not be read: {error.strerror}. Mend that, or name another file with --config"
+                          ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: is not YAML: {' '.join(str(error).split())}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"{file}: must be a mapping of keys to values, like config.example.yaml")
+    return tree or {}
+
+
+def put(tree: Json, key: str, value: Any) -> None:
+    """Set `a.b.c` in nested mappings; what stands in the way and is no mapping is left for `check` to refuse."""
+    *parents, last = key.split(".")
+    for name in parents:
+        if tree.get(name) is None:
+            tree[name] = {}
+        if not isinstance(tree[name], dict):
+            return
+        tree = tree[name]
+    tree[last] = value
+
+
+def number_of(text: str) -> Union[int, str]:
+    return int(text) if re.fullmatch(r"\d{1,9}", text) else text
+
+
+def explain(problem: Problem, source: str) -> str:
+    location = problem.location if source.endswith((".yaml", ".yml")) or not source.startswith(("CLINVK", "--")) else ""
+    shown = "" if problem.value is None else f" (it is {problem.value!r})"
+    return f"{source}: {location} {problem.message}{shown}".replace(":  ", ": ")
+
+
+def refuse_contradictions(config: Config, source: Callable[[str], str]) -> None:
+    """What each key allows by itself, but not together with others, or not yet."""
+    for name, backend in config.backends.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name == "default":
+            raise ConfigError(f"{source('')}: backends.{name}: a name is 1 to 64 letters, digits, '.', '_' or '-', "
+                              "and not 'default'")
+        if name not in BUILT_IN and not backend.command:
+            raise ConfigError(f"{source('')}: backends.{name}.command is required: clinvk has no backend of that name"
+                              + nearest(name, BUILT_IN))
+    if config.default_backend not in config.backends:
+        raise ConfigError(f"{source('default_backend')}: default_backend must be one of {', '.join(config.names())}"
+                          + nearest(config.default_backend, config.backends))
+    for key in NOT_YET:
+        if getattr(config.server, key) != getattr(ServerConfig(), key):
+            raise ConfigError(f"{source('server.' + key)}: server.{key} has no effect in clinvk {__version__} yet; "
+                              "take it out until it has")
+
+
+# ==== Requests ====================================================================================
+# In: a client's JSON object. Out: a PromptRequest, the one thing that every backend understands.
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """SPEC 2.1. None is "not said": `settled` puts the config's value there."""
+    backend: str = param(not_empty=True, doc="a configured backend's name")
+    prompt: str = param(not_empty=True, free_text=True)
+    model: Optional[str] = param(None, doc="passed to the CLI; fast, balanced and best are aliases from config")
+    workdir: Optional[str] = param(None, doc="absolute path of an existing directory")
+    session_id: Optional[str] = param(None, doc="continue that session")
+    ephemeral: bool = param(False, doc="nothing is stored")
+    approval_mode: Optional[str] = param(None, choices=APPROVAL_MODES)
+    sandbox_mode: Optional[str] = param(None, choices=SANDBOX_MODES)
+    output_format: str = param("default", choices=OUTPUT_FORMATS)
+    max_tokens: Optional[int] = param(None, minimum=0)
+    max_turns: Optional[int] = param(None, minimum=0)
+    system_prompt: Optional[str] = param(None, free_text=True)
+    allowed_tools: Optional[str] = param(None, doc="comma-separated")
+    verbose: Optional[bool] = param(None)
+    dry_run: Optional[bool] = param(None)
+    extra: List[str] = param(list, doc="further CLI flags, as the backend's list allows")
+    metadata: Dict[str, str] = param(dict, free_text=True)
+    timeout_secs: Optional[float] = param(None, above=0)
+    isolated: bool = internal(False)  # the model way (SPEC 2.0): a chat, without the agent's tools and files
+    effort: str = internal("")  # how hard to think: low, medium, high ...
+    thinking_tokens: Optional[int] = internal(None)
+
+    @property
+    def streams(self) -> bool:
+        return self.output_format == "stream-json"
+
+
+@dataclass(frozen=True)
+class Settled(PromptRequest):
+    """A PromptRequest with nothing left open: what a backend gets. Empty text and 0 mean "the CLI's own"."""
+    model: str = ""
+    workdir: str = ""
+    approval_mode: str = "default"
+    sandbox_mode: str = "default"
+    max_tokens: int = 0
+    max_turns: int = 0
+    system_prompt: str = ""
+    allowed_tools: str = ""
+    verbose: bool = False
+    dry_run: bool = False
+    timeout_secs: float = 0.0
+
+
+def settled(request: PromptRequest, config: Config, workdir: str) -> Settled:
+    """Fill in from config what the request leaves open; `workdir` is the directory, already checked."""
+    backend, flags = config.backends[request.backend], config.unified_flags
+    model = request.model or backend.model
+    if model in ("fast", "balanced", "best"):
+        model = getattr(backend.models, model) or backend.model
+
+    def first(*values: Any) -> Any:
+        return next((value for value in values if value is not None), None)
+    given = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
+    given.update(
+        model=model, workdir=workdir,
+        approval_mode=first(request.approval_mode, backend.approval_mode or flags.approval_mode),
+        sandbox_mode=first(request.sandbox_mode, backend.sandbox_mode or flags.sandbox_mode),
+        output_format=config.output.format if request.output_format == "default" else request.output_format,
+        max_tokens=first(request.max_tokens, flags.max_tokens), max_turns=first(request.max_turns, flags.max_turns),
+        system_prompt=first(request.system_prompt, "" if request.isolated else backend.system_prompt),
+        allowed_tools=first(request.allowed_tools, backend.allowed_tools),
+        verbose=first(request.verbose, flags.verbose), dry_run=first(request.dry_run, flags.dry_run),
+        timeout_secs=min(request.timeout_secs or flags.command_timeout_secs or config.server.request_timeout_secs,
+                         config.server.request_timeout_secs))
+    return Settled(**given)
+
+
+def backend_of(model: str, config: Config) -> Tuple[str, Optional[str]]:
+    """SPEC 2.4: which backend a compat request's `model` means, and the model to name to its CLI (None: its default).
+
+    Raises UnknownModel with what is near and what there is: a typo must not spend money."""
+    model = config.server.model_aliases.get(model, model)
+    if model in config.backends:
+        return model, None
+    head, _, rest = model.partition("/")
+    if head in config.backends and rest:
+        return head, rest
+    if model == "default":
+        return config.default_backend, None
+    for pattern, name in MODEL_WORDS:
+        if re.search(pattern, model, re.IGNORECASE):
+            return name, model
+    known = [*config.names(), "default", *config.server.model_aliases]
+    raise UnknownModel(f'no backend goes by the model name "{model}"{nearest(model, known)} There is: '
+                       + ", ".join(known) + '; or "backend/model", or a name that the CLI knows, such as claude-..., '
+                       "gpt-... or gemini-...")
+
+
+MODEL_WORDS = (("claude|opus|sonnet|haiku", "claude"), (r"gpt|codex|(?<![a-z])o\d", "codex"), ("gemini", "gemini"))
+
+
+# ---- Conversations: many turns as one prompt
+
+class Piece(NamedTuple):
+    """A part of a turn: plain text if `tag` is empty, else an element with attributes."""
+    text: str
+    tag: str = ""
+    attributes: Tuple[Tuple[str, str], ...] = ()
+
+
+class Turn(NamedTuple):
+    role: str
+    pieces: List[Piece]
+    name: str = ""
+
+
+MARKS = re.compile(r"<(/?)(\\*)(?=(?:turn|tool_call|tool_result|document)\b)")
+
+
+def as_prompt(turns: List[Turn]) -> str:
+    """One user turn of plain text stands as it is; anything else is a transcript, every turn marked by its role.
+
+    Text that looks like one of the marks gets a backslash after its `<`, so no turn can pass itself off as another."""
+    if len(turns) == 1 and turns[0].role == "user" and not any(piece.tag for piece in turns[0].pieces):
+        return "\n".join(piece.text for piece in turns[0].pieces)
+    *before, last = turns
+    if last.role == "assistant":
+        before, closing = turns, "Go on from where the assistant's last turn ends; do not repeat it."
+    elif last.role == "user":
+        closing = "Now answer the user's last turn, which is all that follows:\n\n" + element_text(last.pieces)
+    else:
+        before, closing = turns, "Go on with the answer to the user, now that the tool has answered."
+    told = "\n".join(element("turn", (("role", t.role), ("name", t.name)), "\n" + element_text(t.pieces) + "\n")
+                     for t in before)
+    return f"The conversation so far:\n\n{told}\n\n{closing}" if before else closing
+
+
+def element_text(pieces: List[Piece]) -> str:
+    return "\n".join(element(p.tag, p.attributes, escaped(p.text)) if p.tag else escaped(p.text) for p in pieces)
+
+
+def escaped(text: str) -> str:
+    return MARKS.sub(r"<\1\\\2", text)
+
+
+def element(tag: str, attributes: Iterable[Tuple[str, str]], inner: str) -> str:
+    shown = "".join(f" {name}={json.dumps(escaped(value), ensure_ascii=False)}" for name, value in attributes if value)
+    return f"<{tag}{shown}>{inner}</{tag}>"
+
+
+# ---- OpenAI
+
+@dataclass(frozen=True)
+class ChatPart(Open):
+    type: str = param()
+    text: str = param("", free_text=True)
+    refusal: str = param("", free_text=True)
+    image_url: Any = param(None)
+
+
+@dataclass(frozen=True)
+class CalledFunction(Open):
+    name: str = param("")
+    arguments: str = param("", free_text=True)
+
+
+@dataclass(frozen=True)
+class ToolCall(Open):
+    id: str = param("")
+    type: str = param("function")
+    function: CalledFunction = param(CalledFunction)
+
+
+@dataclass(frozen=True)
+class ChatMessage(Open):
+    role: str = param(choices=("system", "developer", "user", "assistant", "tool", "function"))
+    content: Union[None, str, List[ChatPart]] = param(None, free_text=True)
+    name: str = param("")
+    refusal: str = param("", free_text=True)
+    reasoning_content: Any = param(None)
+    tool_calls: List[ToolCall] = param(list)
+    tool_call_id: str = param("")
+
+    def turn(self, at: str) -> Turn:
+        pieces = [Piece(self.content)] if isinstance(self.content, str) else [
+            chat_piece(part, f"{at}.content[{i}]") for i, part in enumerate(self.content or [])]
+        if self.refusal:
+            pieces.append(Piece(self.refusal))
+        pieces += [Piece(call.function.arguments, "tool_call", (("id", call.id), ("name", call.function.name)))
+                   for call in self.tool_calls]
+        if self.role in ("tool", "function"):
+            answered = (("id", self.tool_call_id), ("name", self.name))
+            return Turn("tool", [Piece("\n".join(p.text for p in pieces), "tool_result", answered)])
+        return Turn(self.role, pieces, self.name)
+
+
+def chat_piece(part: ChatPart, at: str) -> Piece:
+    if part.type == "text":
+        return Piece(part.text)
+    if part.type == "refusal":
+        return Piece(part.refusal)
+    if part.type == "image_url":
+        raise not_yet(f"{at}.image_url", "images")
+    raise Invalid([Problem(f"{at}.type", f'"{part.type}" is not supported; send text', part.type)])
+
+
+def not_yet(field: str, what: str) -> Invalid:
+    return Invalid([Problem(field, f"{what} can not be used in clinvk {__version__} yet; leave the field out")])
+
+
+@dataclass(frozen=True)
+class StreamOptions(Open):
+    include_usage: bool = param(False)
+
+
+class Compat(Open):
+    """What the requests of the OpenAI and Anthropic APIs have in common."""
+    model: str
+    stream: bool
+    clinvk: Optional[Dict[str, Any]]
+    unknown: Tuple[str, ...]
+
+    def prompt_request(self, config: Config, turns: List[Turn], **fields: Any) -> PromptRequest:
+        """The run that this request asks for: the model, or the agent if `clinvk.workdir` or config says so."""
+        backend, model = backend_of(self.model, config)
+        own = dict(self.clinvk or {})
+        for name in ("backend", "prompt", "model", "output_format"):
+            if name in own:
+                raise Invalid([Problem(f"clinvk.{name}", "is taken from the request itself; leave it out")])
+        isolated = own.get("workdir") is None and config.server.compat_mode == "model"
+        prompt = as_prompt(turns)
+        if not prompt.strip():
+            raise Invalid([Problem("messages", "have no text to answer")])
+        asked = check(PromptRequest, {**own, "backend": backend, "prompt": prompt, "model": model}, "clinvk")
+        fields = {name: value for name, value in fields.items() if own.get(name) is None}
+        return dataclasses.replace(asked, isolated=isolated, **fields)
+
+
+@dataclass(frozen=True)
+class ChatRequest(Compat):
+    """SPEC 2.4: POST /openai/v1/chat/completions. Fields that are not here are accepted and named as ignored."""
+    model: str = param(not_empty=True)
+    messages: List[ChatMessage] = param(not_empty=True)
+    stream: bool = param(False)
+    stream_options: StreamOptions = param(StreamOptions)
+    n: int = param(1, minimum=1, maximum=8)
+    stop: Union[None, str, List[str]] = param(None, longest=4, free_text=True)
+    max_tokens: Optional[int] = param(None, minimum=1)
+    max_completion_tokens: Optional[int] = param(None, minimum=1)
+    reasoning_effort: str = param("")
+    response_format: Optional[Dict[str, Any]] = param(None)
+    tools: List[Any] = param(list)
+    tool_choice: Any = param(None)
+    logprobs: bool = param(False)
+    user: Any = param(None)
+    metadata: Any = param(None)
+    clinvk: Optional[Dict[str, Any]] = param(None)
+    unknown: Tuple[str, ...] = internal(())
+
+    @property
+    def stops(self) -> List[str]:
+        return [s for s in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if s]
+
+    def to_prompt(self, config: Config) -> PromptRequest:
+        self.refuse_not_yet()
+        turns = [message.turn(f"messages[{i}]") for i, message in enumerate(self.messages)]
+        system = [p.text for t in turns if t.role in ("system", "developer") for p in t.pieces]
+        talk = [t for t in turns if t.role not in ("system", "developer")]
+        if not talk:
+            raise Invalid([Problem("messages", "must have a message of the user")])
+        return self.prompt_request(config, talk, system_prompt="\n".join(system) or None, effort=self.reasoning_effort,
+                                   max_tokens=self.max_completion_tokens or self.max_tokens)
+
+    def refuse_not_yet(self) -> None:
+        if self.n > 1:
+            raise not_yet("n", "more than one choice")
+        if (self.response_format or {}).get("type", "text") != "text":
+            raise not_yet("response_format", "structured output")
+        if self.logprobs:
+            raise Invalid([Problem("logprobs", "are not given by any CLI; leave the field out", True)])
+        if self.tools and self.tool_choice not in (None, "auto", "none"):
+            raise not_yet("tool_choice", 'a choice other than "auto" and "none"')
+
+    def ignored(self) -> List[str]:
+        return [*(["tools"] if self.tools and self.tool_choice != "none" else []), *self.unknown]
+
+
+# ---- Anthropic
+
+@dataclass(frozen=True)
+class Block(Open):
+    """A content block of Anthropic's; which fields count depends on `type`."""
+    type: str = param()
+    text: str = param("", free_text=True)
+    id: str = param("")
+    name: str = param("")
+    input: Any = param(None)
+    tool_use_id: str = param("")
+    content: Any = param(None)
+    is_error: bool = param(False)
+    source: Any = param(None)
+    title: str = param("", free_text=True)
+    thinking: str = param("", free_text=True)
+    signature: str = param("")
+    data: str = param("")
+    cache_control: Any = param(None)
+    citations: Any = param(None)
+
+    def pieces(self, at: str) -> Iterator[Piece]:
+        """This block as it stands in a prompt. Thinking of earlier turns is left out, as Anthropic's API does."""
+        if self.type == "text":
+            yield Piece(self.text)
+        elif self.type == "tool_use":
+            yield Piece(json.dumps(self.input, ensure_ascii=False), "tool_call", (("id", self.id), ("name", self.name)))
+        elif self.type == "tool_result":
+            inner = "\n".join(p.text for p in content_pieces(self.content, f"{at}.content"))
+            yield Piece(inner, "tool_result", (("id", self.tool_use_id), ("error", "true" if self.is_error else "")))
+        elif self.type in ("document", "search_result"):
+            yield Piece(self.document_text(at), "document", (("title", self.title),))
+        elif self.type == "image":
+            raise not_yet(at, "images")
+        elif self.type not in ("thinking", "redacted_thinking"):
+            raise Invalid([Problem(f"{at}.type", f'"{self.type}" is not supported; send text', self.type)])
+
+    def document_text(self, at: str) -> str:
+        if self.type == "search_result":
+            return "\n".join(p.text for p in content_pieces(self.content, f"{at}.content"))
+        source = self.source if isinstance(self.source, dict) else {}
+        if source.get("type") == "text" and isinstance(source.get("data"), str):
+            return str(source["data"])
+        if source.get("type") == "content":
+            return "\n".join(p.text for p in content_pieces(source.get("content"), f"{at}.source.content"))
+        raise Invalid([Problem(f"{at}.source", "only documents with a text source are supported")])
+
+
+def content_pieces(content: Any, at: str) -> List[Piece]:
+    """A content that is a string, or a list of blocks that have not been checked yet."""
+    if content is None or isinstance(content, str):
+        return [Piece(content or "")]
+    if not isinstance(content, list):
+        raise Invalid([Problem(at, "must be a string or a list")])
+    return [piece for i, item in enumerate(content) for piece in check(Block, item, f"{at}[{i}]").pieces(f"{at}[{i}]")]
+
+
+@dataclass(frozen=True)
+class MessageParam(Open):
+    role: str = param(choices=("user", "assistant", "system"))
+    content: Union[str, List[Block]] = param(free_text=True)
+
+    def turn(self, at: str) -> Turn:
+        if isinstance(self.content, str):
+            return Turn(self.role, [Piece(self.content)])
+        return Turn(self.role, [p for i, b in enumerate(self.content) for p in b.pieces(f"{at}.content[{i}]")])
+
+
+@dataclass(frozen=True)
+class MessagesRequest(Compat):
+    """SPEC 2.5: POST /anthropic/v1/messages. Fields that are not here are accepted and named as ignored."""
+    model: str = param(not_empty=True)
+    messages: List[MessageParam] = param(not_empty=True)
+    max_tokens: int = param(minimum=1)
+    system: Union[None, str, List[Block]] = param(None, free_text=True)
+    stream: bool = param(False)
+    stop_sequences: List[str] = param(list, free_text=True)
+    metadata: Any = param(None)
+    thinking: Optional[Dict[str, Any]] = param(None)
+    tools: List[Any] = param(list)
+    tool_choice: Optional[Dict[str, Any]] = param(None)
+    output_format: Any = param(None)
+    output_config: Any = param(None)
+    clinvk: Optional[Dict[str, Any]] = param(None)
+    unknown: Tuple[str, ...] = internal(())
+
+    @property
+    def stops(self) -> List[str]:
+        return [s for s in self.stop_sequences if s]
+
+    @property
+    def choice(self) -> str:
+        return str((self.tool_choice or {}).get("type", "auto"))
+
+    def to_prompt(self, config: Config) -> PromptRequest:
+        if self.tools and self.choice not in ("auto", "none"):
+            raise not_yet("tool_choice", 'a choice other than "auto" and "none"')
+        if self.output_format or (isinstance(self.output_config, dict) and self.output_config.get("format")):
+            raise not_yet("output_format" if self.output_format else "output_config.format", "structured output")
+        if self.messages[0].role == "assistant":
+            raise Invalid([Problem("messages[0].role", 'must be "user"', "assistant")])
+        budget = (self.thinking or {}).get("budget_tokens")
+        effort = self.output_config.get("effort") if isinstance(self.output_config, dict) else None
+        return self.prompt_request(
+            config, [m.turn(f"messages[{i}]") for i, m in enumerate(self.messages)],
+            system_prompt=self.system_text() or None, max_tokens=self.max_tokens,
+            effort=effort if isinstance(effort, str) else "",
+            thinking_tokens=budget if isinstance(budget, int) and not isinstance(budget, bool) else None)
+
+    def system_text(self) -> str:
+        if isinstance(self.system, str):
+            return self.system
+        return "\n".join(p.text for i, b in enumerate(self.system or []) for p in b.pieces(f"system[{i}]"))
+
+    def ignored(self) -> List[str]:
+        return [*(["tools"] if self.tools and self.choice != "none" else []), *self.unknown]
+
+
+@dataclass(frozen=True)
+class CountRequest(Open):
+    """POST /anthropic/v1/messages/count_tokens: only the size of what was sent counts."""
+    model: str = param(not_empty=True)
+    messages: List[MessageParam] = param(not_empty=True)
+    system: Union[None, str, List[Block]] = param(None, free_text=True)
+    tools: List[Any] = param(list)
+    unknown: Tuple[str, ...] = internal(())
+
+
+# ==== Events ======================================================================================
+# In: what a backend understood of its CLI's lines. Out: the steps of a run, and their sum, a Result.
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one run, as the provider names them.
+
+    Anthropic counts cached input beside `input_tokens`, the others inside: `cache_inside` says which."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    cache_creation_tokens: int = 0
+    reasoning_tokens: int = 0
+    cache_inside: bool = True
+
+    @property
+    def all_input(self) -> int:
+        """Input, cached or not: OpenAI's `prompt_tokens`."""
+        return self.input_tokens + (0 if self.cache_inside else self.cached_tokens + self.cache_creation_tokens)
+
+    @property
+    def fresh_input(self) -> int:
+        """Input that came from no cache: Anthropic's `input_tokens`."""
+        beside = self.cached_tokens + self.cache_creation_tokens if self.cache_inside else 0
+        return max(0, self.input_tokens - beside)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of a run."""
+
+
+@dataclass(frozen=True)
+class Init(Event):
+    """The CLI is ready. `backend_session_id` is its own name for the conversation."""
+    model: str = ""
+    backend_session_id: str = ""
+    working_dir: str = ""
+
+
+@dataclass(frozen=True)
+class Message(Event):
+    """Answer text. `opens`: a new message begins, so what was said before is not part of the final answer."""
+    text: str
+    is_partial: bool = True
+    opens: bool = False
+
+
+@dataclass(frozen=True)
+class Thinking(Event):
+    text: str
+    is_partial: bool = True
+
+
+@dataclass(frozen=True)
+class ToolUse(Event):
+    tool_id: str
+    tool_name: str
+    input: Any
+
+
+@dataclass(frozen=True)
+class ToolResult(Event):
+    tool_id: str
+    tool_name: str
+    output: str
+    is_error: bool = False
+
+
+@dataclass(frozen=True)
+class TokenUsage(Event):
+    """The counts of the run up to here; the last one holds."""
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    stage: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Failure(Event):
+    """The run has failed; a Done follows. `details` is what the CLI said about it."""
+    error: ClinvkError
+    details: str = ""
+
+
+@dataclass(frozen=True)
+class Done(Event):
+    """The last event of every run. `exit_code` is 0 only for success, -1 if we ended the run."""
+    exit_code: int
+    duration_ms: int = 0
+    cost_usd: Optional[float] = None
+    turn_count: Optional[int] = None
+    stop: str = "end"  # end, length, or sequence: a stop sequence of the client's was met
+    stop_sequence: Optional[str] = None
+
+
+class Result:
+    """A run's events collected. Text is kept in the pieces it came in: an answer of 10 MB is held once."""
+
+    def __init__(self) -> None:
+        self.init = Init()
+        self.messages: List[List[str]] = []
+        self.thoughts: List[str] = []
+        self.usage: Optional[Usage] = None
+        self.failure: Optional[Failure] = None
+        self.done = Done(-1)
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Message):
+            if event.opens or not self.messages:
+                self.messages.append([])
+            self.messages[-1].append(event.text)
+        elif isinstance(event, Thinking):
+            self.thoughts.append(event.text)
+        elif isinstance(event, TokenUsage):
+            self.usage = event.usage
+        elif isinstance(event, Init):
+            self.init = event
+        elif isinstance(event, Failure):
+            self.failure = event
+        elif isinstance(event, Done):
+            self.done = event
+
+    @property
+    def final(self) -> List[str]:
+        """The last message, in pieces: /api/v1's `output`."""
+        return self.messages[-1] if self.messages else []
+
+    @property
+    def said(self) -> List[str]:
+        """Every message, in pieces, with a blank line between them: what a compat stream sends, too."""
+        if len(self.messages) == 1:
+            return self.messages[0]
+        parts: List[str] = []
+        for message in self.messages:
+            parts += ([PARAGRAPH] if parts else []) + message
+        return parts
+
+
+PARAGRAPH = "\n\n"
+Events = Generator[Event, None, None]  # a run: closing it ends the run
+
+
+def collect(events: Iterator[Event]) -> Result:
+    """Run to the end. The iterator is left after its Done, unclosed: what a caller has to send need not wait
+    for the CLI to leave."""
+    result = Result()
+    for event in events:
+        result.add(event)
+        if isinstance(event, Done):
+            break
+    return result
+
+
+# ==== Backends ====================================================================================
+# In: a Settled request. Out: a command line, the messages that ask it, and the events in what the CLI prints.
+
+class Command(NamedTuple):
+    """What a process is started with. `env` is all of its environment; `scratch` is removed when it has gone."""
+    argv: List[str]
+    cwd: str
+    env: Dict[str, str]
+    scratch: Optional[Path] = None
+
+
+class Mouth(Protocol):
+    """Where a backend says things to its CLI: what a Child is to it."""
+
+    def say(self, message: Json) -> None:
+        """Send one JSON line."""
+
+    def say_bytes(self, data: bytes) -> None:
+        """Send bytes as they are."""
+
+    def end_of_input(self) -> None:
+        """Close its stdin, once everything said has gone out."""
+
+
+# Runs a command to its end, or until it prints a line that holds some bytes; what it is to be told goes first.
+OutputOf = Callable[[Command, bytes, bytes], bytes]
+
+
+# What marks or redirects a nested session (BACKENDS, TOOLS B4), or changes a run behind the request's back.
+NOT_INHERITED = frozenset("""
+    CLAUDECODE CLAUDE_CODE_ENTRYPOINT CLAUDE_CODE_SESSION_ID CLAUDE_CODE_SSE_PORT CLAUDE_CODE_EXECPATH
+    CLAUDE_CODE_CHILD_SESSION CLAUDE_CODE_SIMPLE CLAUDE_CODE_SAFE_MODE CLAUDE_CODE_REMOTE
+    CLAUDE_CODE_SUBPROCESS_ENV_SCRUB CLAUDE_CODE_EXTRA_BODY CLAUDE_CODE_MAX_OUTPUT_TOKENS CLAUDE_CODE_DISABLE_THINKING
+    CLAUDE_CODE_MAX_TURNS IS_SANDBOX ENABLE_TOOL_SEARCH CODEX_SANDBOX CODEX_SANDBOX_NETWORK_DISABLED CODEX_THREAD_ID
+    CODEX_CI CODEX_INTERNAL_ORIGINATOR_OVERRIDE GEMINI_CLI GEMINI_CLI_TRUST_WORKSPACE GEMINI_SYSTEM_MD GEMINI_SANDBOX
+    SANDBOX""".split())
+
+
+def child_environ(config: Config, name: str, **more: str) -> Dict[str, str]:
+    """The server's environment, less clinvk's own, less what would make a CLI call us back; plus the backend's."""
+    own = {f"{host}:{config.server.port}" for host in ("localhost", "127.0.0.1", "[::1]", config.server.host)}
+
+    def passes(variable: str, value: str) -> bool:
+        loops = variable.endswith("_BASE_URL") and value.partition("://")[2].partition("/")[0] in own
+        return not (variable.startswith("CLINVK_") or variable in NOT_INHERITED or value in config.keys or loops)
+    inherited = {variable: value for variable, value in config.environ.items() if passes(variable, value)}
+    return {**inherited, **more, **config.backends[name].env}
+
+
+def command_of(name: str, config: Config) -> List[str]:
+    """The configured program and its first arguments; by default the backend's own name."""
+    command = config.backends[name].command
+    return [command] if isinstance(command, str) and command else list(command) or [name]
+
+
+class Backend:
+    """How one CLI is called and read. An instance is the memory of one child.
+
+    A subclass says what must be known at the start (`command`), what is said once before any request (`greet`), how a
+    request is asked (`ask`), and what the CLI's output means (`read`, up to one Done)."""
+    honours: ClassVar[FrozenSet[str]] = frozenset()  # request fields; others that are set come back as `ignored`
+    extra_flags: ClassVar[Dict[str, bool]] = {}  # what `extra` may hold -> whether a value follows
+    streams: ClassVar[str] = "deltas"
+    noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
+
+    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
+        self.name, self.program, self.config, self.cli_version = name, program, config, cli_version
+        self.own_flags = config.backends[name].extra_flags
+
+    @classmethod
+    def find(cls, name: str, config: Config) -> Optional[List[str]]:
+        """Program (absolute) and first arguments, or None if it is not installed."""
+        command = command_of(name, config)
+        path = config.backends[name].env.get("PATH") or config.environ.get("PATH") or os.defpath
+        found = shutil.which(command[0], path=path)
+        return found and [os.path.abspath(found), *command[1:]]  # type: ignore[return-value]
+
+    def ignored(self, request: Settled) -> List[str]:
+        """The fields that this request sets and this CLI has no way to do."""
+        names = ("model", "approval_mode", "sandbox_mode", "max_tokens", "max_turns", "system_prompt", "allowed_tools",
+                 "verbose", "effort", "thinking_tokens")
+        shown = {"effort": "reasoning_effort", "thinking_tokens": "thinking"}
+        by_way = {"approval_mode", "sandbox_mode", "allowed_tools", "max_turns"} if request.isolated else set()
+        given = [n for n in names if getattr(request, n) not in ("", "default", 0, None, False)]
+        return [shown.get(n, n) for n in given if n not in self.honours or n in by_way]
+
+    def refuses(self, request: Settled) -> str:
+        """Why this CLI can not be given that prompt; "" if it can."""
+        return "" if request.prompt.strip() else "must have more than blanks"
+
+    def plan(self, request: Settled) -> str:
+        """What `dry_run` shows: the command line. No prompt and no key is on it."""
+        command = self.command(request)
+        if command.scratch:
+            shutil.rmtree(command.scratch, ignore_errors=True)
+        return shlex.join(command.argv)
+
+    def prepare(self, request: Settled, output_of: OutputOf) -> None:
+        """What has to be found out, by a CLI of its own, before the command line can be made."""
+
+    def command(self, request: Settled) -> Command:
+        raise NotImplementedError
+
+    def greet(self, mouth: Mouth) -> None:
+        """Say what comes before any request."""
+
+    def ask(self, request: Settled, mouth: Mouth) -> None:
+        raise NotImplementedError
+
+    def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
+        """The events in a piece of stdout. What the CLI asks of us is answered through `mouth`."""
+        raise NotImplementedError
+
+    def look(self) -> Iterator[Event]:
+        """Called every TICK of silence: a CLI that tells elsewhere that it waits in vain can be ended."""
+        return iter(())
+
+    def at_end(self, exit_code: int, stderr: str) -> Iterator[Event]:
+        """The last events of a CLI that has gone without a Done."""
+        reason = quiet(stderr, self.noise)
+        yield Failure(self.classified(reason) or BackendFailed(f"{self.name} ended with exit code {exit_code} before "
+                                                               "its answer was complete"), reason)
+        yield Done(exit_code or 1)
+
+    def classified(self, reason: str) -> Optional[ClinvkError]:
+        """The error that a CLI's last words mean; None if they say nothing that we know."""
+        return None
+
+    def clean_up(self) -> None:
+        """Remove what the run has left behind; called once its processes have gone."""
+
+    @classmethod
+    def version_of(cls, name: str, program: List[str], config: Config, output_of: OutputOf) -> str:
+        """What the CLI says its version is; "" if it does not say."""
+        said = output_of(Command([*program, "--version"], str(config.home), child_environ(config, name)), b"", b"")
+        found = re.search(r"\d+\.\d+\.\d+\S*", said.decode(errors="replace"))
+        return found.group() if found else ""
+
+
+def quiet(stderr: str, noise: str) -> str:
+    """What a CLI wrote to stderr, less the lines that it always writes."""
+    lines = [line for line in stderr.splitlines() if line.strip() and not (noise and re.search(noise, line))]
+    return "\n".join(lines)[-4000:]
+
+
+# ---- Lines of JSON
+
+class Lines:
+    """Bytes in the pieces they are read in -> whole lines.
+
+    An answer of 10 MB comes three times from claude: in deltas, whole, and in the result. `repeats` is asked about the
+    head of a line that grows over LONG: if that only says again what is known, its long string is dropped unread."""
+    LONG = 1024 * 1024
+    STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+    INSIDE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
+
+    def __init__(self, repeats: Callable[[bytes], bool]) -> None:
+        self.repeats = repeats
+        self.start()
+
+    def start(self) -> None:
+        """A new line."""
+        self.line, self.look_at = bytearray(), self.LONG
+        self.dropping, self.carry = False, b""  # inside a dropped string; the escape that the last piece broke off in
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        *whole, rest = data.split(b"\n")
+        for part in whole:
+            self.add(part)
+            line = bytes(self.line)
+            self.start()
+            if line.strip():
+                yield line
+        self.add(rest)
+
+    def add(self, part: bytes) -> None:
+        self.line += self.after_string(part) if self.dropping else part
+        if len(self.line) > self.look_at:
+            self.look_at = 2 * len(self.line)
+            if self.repeats(bytes(self.line[:400])):
+                self.drop()
+
+    def drop(self) -> None:
+        """Empty the string in which the line so far ends, and drop the rest of it as it comes."""
+        closed = 0
+        for string in self.STRING.finditer(self.line):
+            closed = string.end()
+        opened = self.line.find(b'"', closed)
+        if opened >= 0:
+            inside = bytes(self.line[opened + 1:])
+            del self.line[opened + 1:]
+            self.dropping, self.look_at = True, self.LONG
+            self.line += self.after_string(inside)
+
+    def after_string(self, part: bytes) -> bytes:
+        """What follows the string that is being dropped, from its closing quote on; b"" if it goes on."""
+        part = self.carry + part
+        inside = self.INSIDE.match(part)
+        rest = part[inside.end():] if inside else part
+        self.dropping = not rest.startswith(b'"')
+        self.carry = rest if self.dropping else b""
+        return b"" if self.dropping else rest
+
+
+class JsonLines(Backend):
+    """A CLI that prints one JSON object a line."""
+
+    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
+        super().__init__(name, program, config, cli_version)
+        self.lines = Lines(self.repeats)
+
+    def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
+        for line in self.lines.feed(data):
+            try:
+                message = json.loads(line)
+            except ValueError:
+                LOG.warning("%s printed a line that is no JSON (%d bytes)", self.name, len(line))
+                self.not_json(line)
+                continue
+            if isinstance(message, dict):
+                yield from self.read_message(message, mouth)
+
+    def read_message(self, message: Json, mouth: Mouth) -> Iterator[Event]:
+        """A line that a newer CLI has changed costs an event, never the answer."""
+        try:
+            yield from self.parse_line(message, mouth)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:  # and no ClinvkError: that ends the run
+            kind = str(message.get("type") or message.get("method"))
+            LOG.warning("%s %s: a message of type %s is not understood (%s)", self.name, self.cli_version, kind[:80],
+                        type(error).__name__)
+
+    def not_json(self, line: bytes) -> None:
+        """A line that is part of no answer; a CLI that asks for a login there is ended by raising BackendAuth."""
+
+    def repeats(self, head: bytes) -> bool:
+        """Whether a long line, of which this is the head, only says again what is known."""
+        return False
+
+    def parse_line(self, message: Json, mouth: Mouth) -> Iterator[Event]:
+        """One message of the CLI -> 0 or more events. An unknown type gives none: newer CLIs add types."""
+        raise NotImplementedError
+
+
+class Spoken:
+    """The answer text of a CLI that has gone out. When its provider's stream breaks, the CLI asks again and says all
+    of it once more: what has gone out is then compared, and not sent twice."""
+
+    def __init__(self) -> None:
+        self.sent: List[str] = []  # of the present message
+        self.again = ""  # what has gone out and is now to be said once more
+        self.opens = True  # the next text begins a new message
+
+    def begins(self) -> None:
+        """A new message, unless the present one is being said again."""
+        if not self.again:
+            self.sent, self.opens = [], True
+
+    def breaks(self) -> None:
+        self.again = "".join(self.sent)
+
+    def says(self, text: str, *, is_partial: bool = True) -> Iterator[Event]:
+        """Raises BackendFailed if the repetition says something else: what has been sent can not be taken back."""
+        common = min(len(text), len(self.again))
+        if text[:common] != self.again[:common]:
+            raise BackendFailed("the provider's stream broke, and another answer then began; ask again")
+        self.again, text = self.again[common:], text[common:]
+        if text:
+            self.sent.append(text)
+            yield Message(text, is_partial, self.opens)
+            self.opens = False
+
+
+# ---- claude
+
+class Claude(JsonLines):
+    """claude 2.1.197 and 2.1.331, stream-json both ways (PROTOCOLS 3).
+
+    The model is named at the start: `set_model` would put text into the prompt (2.1.197) or ask the provider once more
+    (2.1.331). stdin stays open until the result: 2.1.197 loses the end of a long answer at an early EOF."""
+    honours = frozenset({"model", "approval_mode", "sandbox_mode", "max_tokens", "max_turns", "system_prompt",
+                         "allowed_tools", "effort", "thinking_tokens"})
+    extra_flags = {"--effort": True, "--max-budget-usd": True, "--disallowedTools": True, "--disallowed-tools": True,
+                   "--betas": True, "--exclude-dynamic-system-prompt-sections": False}
+    noise = r"^\[claude-code:|no stdin data received"
+    LINE = ("-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose",
+            "--include-partial-messages", "--permission-prompt-tool", "stdio", "--no-session-persistence")
+    ISOLATED = ("--safe-mode", "--strict-mcp-config", "--tools", "", "--disable-slash-commands")
+    PERMISSION = {"default": "default", "auto": "acceptEdits", "none": "dontAsk", "always": "default"}
+    EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "max", "max": "max"}
+    RETRIES_OF_429 = 2  # about 4 s; after that the provider means it
+
+    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
+        super().__init__(name, program, config, cli_version)
+        self.grants = False  # whether tools that ask are allowed
+        self.model = ""
+        self.message_id = ""  # of the message that is being streamed
+        self.spoken = Spoken()
+        self.stop = "end"
+        self.blamed = ""  # the kind of error that an <synthetic> message named
+        self.resets_at: Optional[float] = None  # when a usage limit ends, seconds since the epoch
+        self.tools: Dict[str, str] = {}  # id -> name
+
+    def command(self, request: Settled) -> Command:
+        env = child_environ(self.config, self.name, CLAUDE_CODE_DISABLE_ATTACHMENTS="1")
+        if request.max_tokens:
+            env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(request.max_tokens)
+            if request.isolated and not (request.effort or request.thinking_tokens):
+                env["CLAUDE_CODE_DISABLE_THINKING"] = "1"  # else it could take all of them, before any answer
+        argv = [*self.program, *self.LINE, *option("--model", request.model)]
+        if request.isolated:
+            argv += self.ISOLATED
+        else:
+            argv += ["--permission-mode", self.permission_mode(request), *option("--max-turns", request.max_turns),
+                     *option("--allowedTools", request.allowed_tools)]
+        return Command([*argv, *self.own_flags, *request.extra], request.workdir, env)
+
+    def permission_mode(self, request: Settled) -> str:
+        by_sandbox = {"read-only": "plan", "full": "bypassPermissions"}
+        return by_sandbox.get(request.sandbox_mode) or self.PERMISSION[request.approval_mode]
+
+    def ask(self, request: Settled, mouth: Mouth) -> None:
+        """Only the last block is looked at for a slash command, and an empty one is not sent on: so `/cost`, too, is a
+        prompt, to the letter."""
+        self.grants = request.approval_mode == "auto" and request.sandbox_mode != "read-only" and not request.isolated
+        prompt_field = "systemPrompt" if request.isolated else "appendSystemPrompt"
+        if request.isolated or request.system_prompt:
+            mouth.say(control("initialize", **{prompt_field: request.system_prompt}))
+        if request.effort in self.EFFORTS:
+            mouth.say(control("apply_flag_settings", settings={"effortLevel": self.EFFORTS[request.effort]}))
+        if request.thinking_tokens is not None:
+            mouth.say(control("set_max_thinking_tokens", max_thinking_tokens=request.thinking_tokens))
+        blocks = [{"type": "text", "text": request.prompt}, {"type": "text", "text": ""}]
+        mouth.say({"type": "user", "message": {"role": "user", "content": blocks}})
+
+    def repeats(self, head: bytes) -> bool:
+        """The whole message that has just been streamed, and the result (2.1.331 names its type at the end only)."""
+        whole = b'"type":"assistant"' in head and self.message_id.encode() in head
+        return bool(self.spoken.sent) and (whole or head.startswith((b'{"type":"result"', b'{"duration_api_ms"')))
+
+    def parse_line(self, message: Json, mouth: Mouth) -> Iterator[Event]:
+        kind = message.get("type")
+        if kind == "stream_event" and not message.get("parent_tool_use_id"):
+            yield from self.parse_delta(message["event"])
+            if "abandoned_blocks" in message:
+                self.spoken.breaks()
+        elif kind == "assistant":
+            yield from self.parse_whole(message)
+        elif kind == "user":
+            yield from self.parse_tool_results(message["message"]["content"])
+        elif kind == "system":
+            yield from self.parse_system(message)
+        elif kind == "rate_limit_event" and message["rate_limit_info"].get("status") == "rejected":
+            self.resets_at = message["rate_limit_info"].get("resetsAt")
+        elif kind == "control_request":
+            mouth.say(self.permission(message))
+        elif kind == "result":
+            yield from self.parse_result(message)
+
+    def parse_delta(self, event: Json) -> Iterator[Event]:
+        """One of the provider's own stream events."""
+        if event["type"] == "message_start":
+            self.message_id = event["message"]["id"]
+            self.spoken.begins()
+        elif event["type"] == "message_delta":
+            self.stop = "length" if event["delta"].get("stop_reason") == "max_tokens" else "end"
+        elif event["type"] == "content_block_delta":
+            delta = event["delta"]
+            if delta["type"] == "text_delta" and delta["text"]:
+                yield from self.spoken.says(delta["text"])
+            elif delta["type"] == "thinking_delta" and delta["thinking"]:
+                yield Thinking(delta["thinking"])
+
+    def parse_whole(self, message: Json) -> Iterator[Event]:
+        """A message as a whole: its text has gone out already, unless the stream broke."""
+        whole = message["message"]
+        if whole.get("model") == "<synthetic>":
+            self.blamed = message.get("error") or self.blamed
+            return
+        for block in whole["content"]:
+            if block["type"] == "tool_use":
+                self.tools[block["id"]] = block["name"]
+                yield ToolUse(block["id"], block["name"], block["input"])
+            elif block["type"] == "text" and whole["id"] != self.message_id and not message.get("parent_tool_use_id"):
+                self.spoken.breaks()
+                yield from self.spoken.says(block["text"], is_partial=False)
+
+    def parse_tool_results(self, content: Any) -> Iterator[Event]:
+        for block in content if isinstance(content, list) else []:
+            if block["type"] == "tool_result":
+                name = self.tools.get(block["tool_use_id"], "")
+                yield ToolResult(block["tool_use_id"], name, plain(block.get("content")), bool(block.get("is_error")))
+
+    def parse_system(self, message: Json) -> Iterator[Event]:
+        if message["subtype"] == "init":
+            self.model = message.get("model", "")
+            yield Init(self.model, message.get("session_id", ""), message.get("cwd", ""))
+        elif message["subtype"] == "api_retry":
+            status, delay = message.get("error_status"), message["retry_delay_ms"] / 1000
+            yield Progress("retrying", f"the provider said {status or 'nothing'}; claude tries again in {delay:.1f} s")
+            if status in (401, 403):
+                raise self.error(status, f"the provider refuses claude's login ({status})")
+            if status == 429 and (message["attempt"] > self.RETRIES_OF_429 or delay > 5):
+                raise self.error(429, "claude's provider says 429, too many requests", retry_after=delay)
+
+    def parse_result(self, message: Json) -> Iterator[Event]:
+        text = message.get("result") or "; ".join(message.get("errors") or []) or str(message.get("subtype"))
+        usage = claude_usage(message)
+        if usage:
+            yield TokenUsage(usage)
+        broken = message.get("stop_reason") is None and not message.get("modelUsage") and message.get("num_turns")
+        failed = bool(message.get("is_error"))
+        if failed:
+            yield Failure(self.error(message.get("api_error_status"), text))
+        elif broken:
+            failed = True
+            yield Failure(BackendFailed("the provider's stream ended before the answer was complete; ask again"))
+        yield Done(1 if failed else 0, cost_usd=message.get("total_cost_usd"), turn_count=message.get("num_turns"),
+                   stop=self.stop)
+
+    def error(self, status: Optional[int], text: str, retry_after: Optional[float] = None) -> ClinvkError:
+        """What a failed result, or the kind of error that was named before it, means to a client."""
+        if status in (401, 403) or self.blamed == "authentication_failed":
+            return BackendAuth(f"claude is not logged in ({text}). Run claude and use /login, or set ANTHROPIC_API_KEY")
+        if status == 429 or self.blamed == "rate_limit":
+            return rate_limited(text, self.resets_at - time.time() if self.resets_at else retry_after)
+        if self.blamed == "model_not_found":
+            return UnknownModel(f"claude: {text}")
+        return BackendFailed(f"claude failed: {text}")
+
+    def classified(self, reason: str) -> Optional[ClinvkError]:
+        return BackendAuth(reason) if "Please run /login" in reason else None
+
+    def permission(self, message: Json) -> Json:
+        """The answer to what claude asks of us: leave for a tool, as the approval mode says; all else is refused."""
+        asked, request_id = message["request"], message["request_id"]
+        if asked.get("subtype") != "can_use_tool":
+            return {"type": "control_response", "response": {"subtype": "error", "request_id": request_id,
+                                                             "error": "not supported by clinvk"}}
+        answer = {"behavior": "allow", "updatedInput": asked["input"]} if self.grants else {
+            "behavior": "deny", "message": "not allowed by the request's approval_mode and sandbox_mode"}
+        return {"type": "control_response", "response": {"subtype": "success", "request_id": request_id,
+                                                         "response": answer}}
+
+
+def control(subtype: str, **fields: Any) -> Json:
+    """A control request of claude's stream-json."""
+    return {"type": "control_request", "request_id": f"clinvk-{subtype}", "request": {"subtype": subtype, **fields}}
+
+
+def option(flag: str, value: Any) -> List[str]:
+    """A flag and its value, if there is one."""
+    return [flag, str(value)] if value else []
+
+
+def plain(content: Any) -> str:
+    """The text of a tool's result: a string, or blocks."""
+    if isinstance(content, list):
+        return "\n".join(block.get("text", f"[{block.get('type')}]") for block in content)
+    return content if isinstance(content, str) else ""
+
+
+def claude_usage(result: Json) -> Optional[Usage]:
+    """A turn's counts. After a broken stream `usage` is all 0 while `modelUsage`, of the process, is right."""
+    usage = result.get("usage") or {}
+    names = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+    counts = [usage.get(name) or 0 for name in names]
+    if not any(counts):
+        twins = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
+        counts = [sum(m.get(name) or 0 for m in (result.get("modelUsage") or {}).values()) for name in twins]
+    fresh, output, cached, created = counts
+    thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
+    return Usage(fresh, output, cached, created, thinking, cache_inside=False) if any(counts) else None
+
+
+def rate_limited(message: str, retry_after: Optional[float]) -> RateLimited:
+    error = RateLimited(f"{message}. Try again later")
+    error.retry_after = 30 if retry_after is None else retry_after
+    return error
+
+
+# ---- JSON-RPC, which codex and gemini share
+
+class JsonRpc(JsonLines):
+    """Calls and notifications, both ways, one a line. `call` is followed by `then` when its reply comes."""
+    version_field: ClassVar[Json] = {}  # what every message carries
+
+    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
+        super().__init__(name, program, config, cli_version)
+        self.replies: Dict[int, Callable[[Json, Mouth], Iterator[Event]]] = {}
+        self.calls = 0
+
+    def call(self, mouth: Mouth, method: str, params: Json, then: Callable[[Json, Mouth], Iterator[Event]]) -> None:
+        self.calls += 1
+        self.replies[self.calls] = then
+        mouth.say({**self.version_field, "id": self.calls, "method": method, "params": params})
+
+    def notify(self, mouth: Mouth, method: str) -> None:
+        mouth.say({**self.version_field, "method": method})
+
+    def parse_line(self, message: Json, mouth: Mouth) -> Iterator[Event]:
+        if "method" in message and "id" in message:
+            answer = self.asked(message["method"], message.get("params") or {})
+            mouth.say({**self.version_field, "id": message["id"], **answer})
+        elif "method" in message:
+            yield from self.told(message["method"], message.get("params") or {})
+        elif message.get("id") in self.replies:
+            then = self.replies.pop(message["id"])
+            if "error" in message:
+                yield Failure(self.rpc_error(message["error"]))
+                yield Done(1)
+            else:
+                yield from then(message.get("result") or {}, mouth)
+
+    def asked(self, method: str, params: Json) -> Json:
+        """The `result` or `error` for what the CLI asks of us."""
+        return {"error": {"code": -32601, "message": "not supported by clinvk"}}
+
+    def told(self, method: str, params: Json) -> Iterator[Event]:
+        """The events in a notification."""
+        raise NotImplementedError
+
+    def rpc_error(self, error: Json) -> ClinvkError:
+        """What a call that failed means to a client."""
+        raise NotImplementedError
+
+    def nothing(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
+        """For a reply that needs nothing done."""
+        return iter(())
+
+
+# ---- codex
+
+class Codex(JsonRpc):
+    """codex-cli 0.169.0, app-server (PROTOCOLS 4).
+
+    The model way has a CODEX_HOME of clinvk's own, for AGENTS.md in the user's can not be switched off: its config.toml
+    is ISOLATED and the user's KEPT keys, its auth.json a link to the user's."""
+    honours = frozenset({"model", "approval_mode", "sandbox_mode", "system_prompt", "effort"})
+    noise = r"WARNING: proceeding|could not (create|update) PATH|Reading prompt from stdin"
+    SANDBOX = {"read-only": "read-only", "workspace": "workspace-write", "full": "danger-full-access"}
+    EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"})
+    LONGEST = 1_048_576  # characters of a prompt
+    KEPT = ("model", "model_provider", "model_providers", "openai_base_url", "chatgpt_base_url",
+            "cli_auth_credentials_store", "forced_login_method", "forced_chatgpt_workspace_id",
+            "model_reasoning_effort", "model_reasoning_summary", "model_verbosity", "model_context_window",
+            "service_tier")
+    ISOLATED: ClassVar[Json] = {
+        "web_search": "disabled", "project_doc_max_bytes": 0, "include_permissions_instructions": False,
+        "include_environment_context": False, "include_apps_instructions": False,
+        "include_collaboration_mode_instructions": False,
+        "tools": {"experimental_request_user_input": {"enabled": False}},
+        "skills": {"include_instructions": False, "bundled": {"enabled": False}},
+        "agents": {"enabled": False}, "analytics": {"enabled": False},
+        "features": dict.fromkeys(
+            ("shell_tool", "unified_exec", "view_image", "multi_agent_v2", "goals", "image_generation", "apps",
+             "plugins", "hooks", "tool_suggest", "sleep_tool", "skill_search", "browser_use", "computer_use",
+             "in_app_browser"), False)}
+
+    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
+        super().__init__(name, program, config, cli_version)
+        self.spoken = Spoken()
+        self.item = ""  # the agentMessage whose deltas come
+        self.usage: Optional[Usage] = None
+        self.resets_at: Optional[float] = None
+        self.tools: Set[str] = set()  # items that have been shown as a ToolUse
+
+    @classmethod
+    def find(cls, name: str, config: Config) -> Optional[List[str]]:
+        """The native binary behind npm's wrapper, which takes 0.1 s to find it, too."""
+        found = super().find(name, config)
+        return found and [native_codex(found[0]), *found[1:]]
+
+    def refuses(self, request: Settled) -> str:
+        if len(request.prompt) > self.LONGEST:
+            return f"has {len(request.prompt)} characters; codex takes {self.LONGEST} at most"
+        return super().refuses(request)
+
+    def ignored(self, request: Settled) -> List[str]:
+        unknown_effort = ["reasoning_effort"] if request.effort and request.effort not in self.EFFORTS else []
+        return super().ignored(request) + unknown_effort
+
+    def user_home(self) -> Path:
+        environ = child_environ(self.config, self.name)
+        return Path(environ.get("CODEX_HOME") or Path(environ.get("HOME") or Path.home()) / ".codex")
+
+    def prepare(self, request: Settled, output_of: OutputOf) -> None:
+        """Bring clinvk's own CODEX_HOME up to date with the user's, which codex itself reads to us when it changed."""
+        if not request.isolated:
+            return
+        own, users = self.config.home / "codex", self.user_home()
+        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        link(users / "auth.json", own / "auth.json")
+        stamp = f"# from {file_stamp(users / 'config.toml')}, clinvk {__version__}, {shlex.join(self.program)}\n"
+        target = own / "config.toml"
+        if not target.exists() or not target.read_text(encoding="utf-8").startswith(stamp):
+            kept = self.user_settings(request, output_of) if (users / "config.toml").exists() else {}
+            lines = [f"{toml(key)} = {toml(value)}\n" for key, value in {**self.ISOLATED, **kept}.items()]
+            write_whole(target, stamp + "".join(lines))
+
+    def user_settings(self, request: Settled, output_of: OutputOf) -> Json:
+        """The KEPT keys of the user's config, as codex understands it."""
+        said = [{"id": 1, "method": "initialize", "params": CODEX_CLIENT}, {"method": "initialized"},
+                {"id": 2, "method": "config/read", "params": {"includeLayers": True, "cwd": request.workdir}}]
+        command = Command([*self.program, "app-server"], request.workdir, child_environ(self.config, self.name))
+        told = output_of(command, b"".join(json.dumps(m).encode() + b"\n" for m in said), b'{"id":2,')
+        replies = [json.loads(line) for line in told.splitlines() if line.startswith(b'{"id":2,')]
+        if not replies or "error" in replies[0]:
+            reason = replies[0]["error"].get("message", "") if replies else "it did not answer"
+            raise BackendFailed(f"codex can not read its own config: {reason}")
+        settings: Json = {}
+        for layer in reversed(replies[0]["result"]["layers"]):
+            if layer["name"]["type"] != "project":
+                settings.update(layer["config"])
+        settings.update((settings.get("profiles") or {}).get(settings.get("profile")) or {})
+        return {key: settings[key] for key in self.KEPT if key in settings}
+
+    def command(self, request: Settled) -> Command:
+        env = child_environ(self.config, self.name)
+        if request.isolated:
+            env["CODEX_HOME"] = str(self.config.home / "codex")
+        return Command([*self.program, *self.own_flags, *request.extra, "app-server"], request.workdir, env)
+
+    def greet(self, mouth: Mouth) -> None:
+        self.call(mouth, "initialize", CODEX_CLIENT, self.nothing)
+        self.notify(mouth, "initialized")
+
+    def ask(self, request: Settled, mouth: Mouth) -> None:
+        self.call(mouth, "thread/start", self.thread(request), functools.partial(self.thread_started, request))
+
+    def thread(self, request: Settled) -> Json:
+        """What `thread/start` is told. `untrusted` is the approval policy that asks; what it asks is declined."""
+        thread: Json = {"cwd": request.workdir, "ephemeral": True,
+                        "approvalPolicy": "untrusted" if request.approval_mode == "always" else "never"}
+        if request.model:
+            thread["model"] = request.model
+        if request.isolated:
+            return {**thread, "sandbox": "read-only", "approvalPolicy": "never",
+                    "baseInstructions": request.system_prompt}
+        if request.system_prompt:
+            thread["developerInstructions"] = request.system_prompt
+        if request.sandbox_mode in self.SANDBOX:
+            thread["sandbox"] = self.SANDBOX[request.sandbox_mode]
+            if not self.trusts(request.workdir):  # else codex writes into the user's config that it does, from now on
+                thread["config"] = {"projects": {request.workdir: {"trust_level": "untrusted"}}}
+        return thread
+
+    def trusts(self, workdir: str) -> bool:
+        """Whether the user's config says something of this directory, or of one above it."""
+        with contextlib.suppress(OSError):
+            text = (self.user_home() / "config.toml").read_text(encoding="utf-8", errors="replace")
+            return any(json.dumps(str(place)) in text for place in (Path(workdir), *Path(workdir).parents))
+        return False
+
+    def thread_started(self, request: Settled, reply: Json, mouth: Mouth) -> Iterator[Event]:
+        thread = reply["thread"]["id"]
+        yield Init(reply.get("model", ""), thread, reply.get("cwd", ""))
+        turn: Json = {"threadId": thread, "input": [{"type": "text", "text": request.prompt}]}
+        if request.effort in self.EFFORTS:
+            turn["effort"] = request.effort
+        self.call(mouth, "turn/start", turn, self.nothing)
+
+    def repeats(self, head: bytes) -> bool:
+        """Whole texts that have come as deltas."""
+        whole = b'"method":"item/completed"' in head and b'"type":"agentMessage"' in head
+        return bool(self.spoken.sent) and (whole or b'"method":"turn/completed"' in head)
+
+    def told(self, method: str, params: Json) -> Iterator[Event]:
+        if method == "item/agentMessage/delta":
+            self.item = params["itemId"]
+            yield from self.spoken.says(params["delta"])
+        elif method == "item/reasoning/summaryTextDelta":
+            yield Thinking(params["delta"])
+        elif method == "item/started":
+            yield from self.item_started(params["item"])
+        elif method == "item/completed":
+            yield from self.item_completed(params["item"])
+        elif method == "thread/tokenUsage/updated":
+            self.usage = codex_usage(params["tokenUsage"]["total"])
+        elif method == "account/rateLimits/updated":
+            limit = params["rateLimits"].get("primary") or {}
+            self.resets_at = limit.get("resetsAt") if limit.get("usedPercent", 0) >= 100 else None
+        elif method == "error" and params.get("willRetry"):
+            self.spoken.breaks()
+            yield from self.retrying(params["error"])
+        elif method == "turn/completed":
+            yield from self.turn_completed(params["turn"])
+
+    def item_started(self, item: Json) -> Iterator[Event]:
+        if item["type"] == "agentMessage":
+            self.spoken.begins()
+        elif item["type"] in CODEX_TOOLS:
+            self.tools.add(item["id"])
+            called = {name: item[name] for name in CODEX_TOOLS[item["type"]] if name in item}
+            yield ToolUse(item["id"], codex_tool_name(item), called)
+
+    def item_completed(self, item: Json) -> Iterator[Event]:
+        if item["type"] == "agentMessage" and item["id"] != self.item:  # it came without deltas
+            yield from self.spoken.says(item["text"], is_partial=False)
+        elif item["type"] in CODEX_TOOLS:
+            if item["id"] not in self.tools:
+                yield from self.item_started(item)
+            output = item.get("aggregatedOutput") or plain((item.get("result") or {}).get("content"))
+            failed = item.get("status") in ("failed", "declined")
+            yield ToolResult(item["id"], codex_tool_name(item), output, failed)
+
+    def retrying(self, error: Json) -> Iterator[Event]:
+        yield Progress("retrying", str(error.get("message")))
+        if codex_status(error) in (401, 403):
+            raise self.turn_error(error)
+
+    def turn_completed(self, turn: Json) -> Iterator[Event]:
+        if self.usage:
+            yield TokenUsage(self.usage)
+        failed = turn["status"] != "completed"
+        if failed:
+            yield Failure(self.turn_error(turn.get("error") or {"message": f"the turn was {turn['status']}"}))
+        yield Done(1 if failed else 0, turn_count=1)
+
+    def turn_error(self, error: Json) -> ClinvkError:
+        """`additionalDetails` is left out: it holds the provider's address, and a part of the key."""
+        kind, status = error.get("codexErrorInfo"), codex_status(error)
+        text = str(error.get("message") or "it did not say why")
+        if status in (401, 403) or kind == "unauthorized" or text.startswith("Missing environment variable"):
+            return BackendAuth(f"codex is not logged in, or its provider refuses the login ({text}). Run `codex login`")
+        if status == 429 or kind in ("usageLimitExceeded", "rateLimitExceeded"):
+            return rate_limited(f"codex: {text}", self.resets_at - time.time() if self.resets_at else None)
+        if kind == "modelNotFound":
+            return UnknownModel(f"codex: {text}")
+        return BackendFailed(f"codex failed: {text}")
+
+    def rpc_error(self, error: Json) -> ClinvkError:
+        return BackendFailed(f"codex refused the request: {error.get('message')}")
+
+    def asked(self, method: str, params: Json) -> Json:
+        """Nothing is ever accepted: codex runs what it accepts without its sandbox."""
+        if method in CODEX_REFUSALS:
+            return {"result": CODEX_REFUSALS[method]}
+        return {"result": {"currentTimeAt": int(time.time())}} if method == "currentTime/read" else super().asked(
+            method, params)
+
+
+CODEX_CLIENT: Json = {"clientInfo": {"name": "clinvk", "title": "clinvk", "version": __version__}}
+CODEX_REFUSALS: Dict[str, Json] = {
+    "item/commandExecution/requestApproval": {"decision": "decline"},
+    "item/fileChange/requestApproval": {"decision": "decline"}, "item/permissions/requestApproval": {"permissions": {}},
+    "item/tool/requestUserInput": {"answers": {}}, "mcpServer/elicitation/request": {"action": "decline"}}
+# Items that are tool calls -> the fields that say what is called.
+CODEX_TOOLS: Dict[str, Tuple[str, ...]] = {
+    "commandExecution": ("command", "cwd"), "fileChange": ("changes",), "mcpToolCall": ("server", "tool", "arguments"),
+    "dynamicToolCall": ("tool", "arguments"), "webSearch": ("query",)}
+
+
+def codex_tool_name(item: Json) -> str:
+    return str(item.get("tool") or {"commandExecution": "shell"}.get(item["type"], item["type"]))
+
+
+def codex_status(error: Json) -> Optional[int]:
+    """The provider's HTTP status in a turn's error, if it holds one."""
+    kind = error.get("codexErrorInfo")
+    inner = next(iter(kind.values()), None) if isinstance(kind, dict) else None
+    return inner.get("httpStatusCode") if isinstance(inner, dict) else None
+
+
+def codex_usage(total: Json) -> Usage:
+    return Usage(total.get("inputTokens", 0), total.get("outputTokens", 0), total.get("cachedInputTokens", 0),
+                 total.get("cacheWriteInputTokens", 0), total.get("reasoningOutputTokens", 0))
+
+
+def native_codex(wrapper: str) -> str:
+    """npm's `codex` is a node script around a binary in a package of its own; the wrapper if that is not found."""
+    script = os.path.realpath(wrapper)
+    is_arm = platform.machine().lower() in ("aarch64", "arm64")
+    system, vendor = ("darwin", "apple-darwin") if sys.platform == "darwin" else ("linux", "unknown-linux-musl")
+    triple = f"{'aarch64' if is_arm else 'x86_64'}-{vendor}"
+    package, name = os.path.dirname(os.path.dirname(script)), f"codex-{system}-{'arm64' if is_arm else 'x64'}"
+    for base in (f"{package}/node_modules/@openai/{name}", f"{os.path.dirname(package)}/{name}", package):
+        binary = f"{base}/vendor/{triple}/bin/codex"
+        if script.endswith(".js") and os.access(binary, os.X_OK):
+            return binary
+    return wrapper
+
+
+def toml(value: Any) -> str:
+    """A JSON value as TOML; objects as inline tables, null left out."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{toml(k)} = {toml(v)}" for k, v in value.items() if v is not None) + "}"
+    return repr(value)
+
+
+# ---- gemini
+
+class Gemini(JsonRpc):
+    """gemini-cli 0.61.0, Agent Client Protocol (PROTOCOLS 5).
+
+    The model way has a home of its own per run (settings, links to the login, the system prompt), removed afterwards.
+    Nothing but `initialize` is said before that is answered: without a login gemini takes lines for a login code."""
+    honours = frozenset({"model", "approval_mode", "sandbox_mode", "max_tokens", "system_prompt"})
+    extra_flags = {"--debug": False, "-d": False}
+    noise = r"256-color|\[STARTUP\]|Ripgrep is not available|YOLO mode|Loaded cached credentials"
+    version_field: ClassVar[Json] = {"jsonrpc": "2.0"}
+    PERMISSION = {"default": "default", "auto": "autoEdit", "none": "yolo", "always": "default"}
+    ALIASES = frozenset({"auto", "pro", "flash", "flash-lite"})
+    MODEL = "flash"  # of the model way, if none is said: "auto" asks the provider first which one to take
+    COMMANDS = re.compile(r"\s*[/$]\s*(memory|extensions|init|restore|about|help)(\s|$)")
+    LINKED = ("oauth_creds.json", "google_accounts.json", "gemini-credentials.json", "installation_id", ".env")
+    ISOLATED: ClassVar[Json] = {
+        "privacy": {"usageStatisticsEnabled": False},
+        "general": {"enableAutoUpdate": False, "enableAutoUpdateNotification": False, "topicUpdateNarration": False,
+                    "plan": {"enabled": False}, "maxAttempts": 1},
+        "advanced": {"ignoreLocalEnv": True}, "tools": {"core": ["none"]}, "skills": {"enabled": False},
+        "hooksConfig": {"enabled": False}, "experimental": {"enableAgents": False},
+        "context": {"includeDirectoryTree": False}, "model": {"disableLoopDetection": True}}
+
+    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
+        super().__init__(name, program, config, cli_version)
+        self.request: Optional[Settled] = None
+        self.session = ""
+        self.prompted = False  # nothing that comes before is part of the answer
+        self.opens = True
+        self.streamed = False  # whether answer text has come
+        self.tools: Dict[str, str] = {}  # id -> name
+        self.scratch: Optional[Path] = None
+        self.retries_seen = 0
+
+    def refuses(self, request: Settled) -> str:
+        found = self.COMMANDS.match(self.whole_prompt(request))
+        if found:
+            return f"begins with /{found.group(1)}, which gemini takes for a command of its own; put a word before it"
+        return super().refuses(request)
+
+    def ignored(self, request: Settled) -> List[str]:
+        unmatched = request.max_tokens and (not request.isolated or request.model in self.ALIASES or not request.model)
+        added = ["system_prompt"] if request.system_prompt and not request.isolated else []
+        return super().ignored(request) + (["max_tokens"] if unmatched else []) + added
+
+    def whole_prompt(self, request: Settled) -> str:
+        """In the agent way there is no place for a system prompt but the prompt."""
+        if request.isolated or not request.system_prompt:
+            return request.prompt
+        return f"{request.system_prompt}\n\n{request.prompt}"
+
+    def user_home(self) -> Path:
+        environ = child_environ(self.config, self.name)
+        return Path(environ.get("GEMINI_CLI_HOME") or environ.get("HOME") or Path.home())
+
+    def command(self, request: Settled) -> Command:
+        users = read_json_with_comments(self.user_home() / ".gemini" / "settings.json")
+        self.refuse_without_login(users)
+        self.scratch = scratch_directory(self.config)
+        env = child_environ(self.config, self.name, GEMINI_CLI_NO_RELAUNCH="true", NO_BROWSER="true",
+                            GEMINI_DEBUG_LOG_FILE=str(self.scratch / "debug.log"))
+        argv = [*self.program, "--acp", "--skip-trust"]
+        model = request.model
+        if request.isolated:
+            model = model or (users.get("model") or {}).get("name") or self.MODEL
+            argv += ["-e", "none"]
+            env.update(GEMINI_CLI_HOME=str(self.scratch), GEMINI_SYSTEM_MD=str(self.scratch / "system.md"),
+                       TMPDIR=str(self.scratch))
+            self.furnish(self.scratch, request, users)
+        elif request.sandbox_mode == "workspace":
+            argv += ["-s"]
+        argv += [*option("-m", model), *self.own_flags, *request.extra]
+        return Command(argv, request.workdir, env, self.scratch)
+
+    def furnish(self, home: Path, request: Settled, users: Json) -> None:
+        """A gemini home in which there is nothing but the login, our settings and the system prompt."""
+        (home / ".gemini").mkdir(mode=0o700)
+        for name in self.LINKED:
+            link(self.user_home() / ".gemini" / name, home / ".gemini" / name)
+        link(self.user_home() / ".env", home / ".env")
+        auth = (users.get("security") or {}).get("auth")
+        settings: Json = {**self.ISOLATED, **({"security": {"auth": auth}} if auth else {})}
+        if request.max_tokens and request.model:
+            settings["modelConfigs"] = {"overrides": [{"match": {"model": request.model}, "modelConfig": {
+                "generateContentConfig": {"maxOutputTokens": request.max_tokens}}}]}
+        (home / ".gemini" / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+        (home / "system.md").write_text(literal(request.system_prompt), encoding="utf-8")
+
+    def refuse_without_login(self, users: Json) -> None:
+        """A login with Google that is missing makes gemini ask for a code, for ever."""
+        chosen = ((users.get("security") or {}).get("auth") or {}).get("selectedType")
+        login = read_json_with_comments(self.user_home() / ".gemini" / "oauth_creds.json")
+        elsewhere = (self.user_home() / ".gemini" / "gemini-credentials.json").exists()
+        if chosen == "oauth-personal" and not login.get("refresh_token") and not elsewhere:
+            raise self.logged_out("no login with Google is stored")
+
+    def logged_out(self, reason: str) -> BackendAuth:
+        return BackendAuth(f"gemini is not logged in ({reason}). Run gemini once and log in, or set GEMINI_API_KEY")
+
+    def greet(self, mouth: Mouth) -> None:
+        nothing_of_ours = {"fs": {"readTextFile": False, "writeTextFile": False}, "terminal": False}
+        self.call(mouth, "initialize", {"protocolVersion": 1, "clientCapabilities": nothing_of_ours}, self.initialized)
+
+    def ask(self, request: Settled, mouth: Mouth) -> None:
+        self.request = request
+        if 1 not in self.replies:  # it is past its greeting
+            self.new_session(request, mouth)
+
+    def initialized(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
+        if self.request:
+            self.new_session(self.request, mouth)
+        return iter(())
+
+    def new_session(self, request: Settled, mouth: Mouth) -> None:
+        self.call(mouth, "session/new", {"cwd": request.workdir, "mcpServers": []}, self.session_begun)
+
+    def session_begun(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
+        assert self.request
+        self.session = reply["sessionId"]
+        model = (reply.get("models") or {}).get("currentModelId") or self.request.model
+        yield Init(model, self.session, self.request.workdir)
+        mode = "plan" if self.request.sandbox_mode == "read-only" else self.PERMISSION[self.request.approval_mode]
+        if mode != "default" and not self.request.isolated:
+            self.call(mouth, "session/set_mode", {"sessionId": self.session, "modeId": mode}, self.mode_set)
+        else:
+            self.give_prompt(mouth)
+
+    def mode_set(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
+        self.give_prompt(mouth)
+        return iter(())
+
+    def give_prompt(self, mouth: Mouth) -> None:
+        assert self.request
+        self.prompted = True
+        text = {"type": "text", "text": self.whole_prompt(self.request)}
+        self.call(mouth, "session/prompt", {"sessionId": self.session, "prompt": [text]}, self.turn_ended)
+
+    def told(self, method: str, params: Json) -> Iterator[Event]:
+        if method != "session/update" or not self.prompted:
+            return
+        update = params["update"]
+        kind = update["sessionUpdate"]
+        if kind == "agent_message_chunk" and update["content"].get("text"):
+            yield Message(update["content"]["text"], opens=self.opens)
+            self.opens, self.streamed = False, True
+        elif kind == "agent_thought_chunk":
+            yield Thinking(update["content"]["text"])
+        elif kind in ("tool_call", "tool_call_update"):
+            yield from self.tool(update)
+
+    def tool(self, call: Json) -> Iterator[Event]:
+        """A call is shown when it is first heard of, and again when it has ended. Its output is not told."""
+        self.opens, tool_id = True, call["toolCallId"]
+        if tool_id not in self.tools:
+            self.tools[tool_id] = tool_id.partition("__")[0]
+            shown = {name: call[name] for name in ("title", "kind", "locations") if call.get(name)}
+            yield ToolUse(tool_id, self.tools[tool_id], shown)
+        if call.get("status") in ("completed", "failed"):
+            texts = [(c.get("content") or {}).get("text") or "" for c in call.get("content") or []]
+            yield ToolResult(tool_id, self.tools[tool_id], "\n".join(texts), call["status"] == "failed")
+
+    def asked(self, method: str, params: Json) -> Json:
+        """Leave for a tool, as the approval mode says; all else is refused."""
+        if method != "session/request_permission":
+            return super().asked(method, params)
+        assert self.request
+        grants = self.request.approval_mode == "auto" and self.request.sandbox_mode != "read-only"
+        wanted = "allow_once" if grants and not self.request.isolated else "reject_once"
+        chosen = [o["optionId"] for o in params["options"] if o.get("kind") == wanted]
+        outcome = {"outcome": "selected", "optionId": chosen[0]} if chosen else {"outcome": "cancelled"}
+        return {"result": {"outcome": outcome}}
+
+    def turn_ended(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
+        """`end_turn` without any model's usage is no success: the provider's stream broke, or a filter cut it."""
+        assert self.request
+        quota = (reply.get("_meta") or {}).get("quota") or {}
+        counts, reason = quota.get("token_count") or {}, reply.get("stopReason")
+        cut = reason == "max_tokens" or bool(not quota.get("model_usage") and self.request.max_tokens and self.streamed)
+        if quota.get("model_usage"):
+            yield TokenUsage(Usage(counts.get("input_tokens", 0), counts.get("output_tokens", 0)))
+        failed = not cut and (reason != "end_turn" or not quota.get("model_usage"))
+        if failed:
+            yield Failure(BackendFailed("gemini ended the turn without a whole answer: the provider's stream broke, or "
+                                        f"it declined ({reason}); ask again"))
+        yield Done(1 if failed else 0, stop="length" if cut else "end")
+
+    def rpc_error(self, error: Json) -> ClinvkError:
+        text, status = provider_message(error), error.get("code")
+        if status in (401, 403) or status == -32000:
+            return self.logged_out(text)
+        if status == 429:
+            return rate_limited(f"gemini: {text}", None)
+        if status == 404 or re.search(r"models/\S+ is not found", text):
+            return UnknownModel(f"gemini: {text}")
+        return BackendFailed(f"gemini failed: {text}")
+
+    def not_json(self, line: bytes) -> None:
+        if b"accounts.google.com/o/oauth2" in line or b"authorization code" in line:
+            raise self.logged_out("it asks for a login with Google")
+
+    def look(self) -> Iterator[Event]:
+        """Retries are told in gemini's debug log only. One is fair; a second 429 means it."""
+        with contextlib.suppress(OSError):
+            log = (self.scratch or Path()).joinpath("debug.log").read_text(encoding="utf-8", errors="replace")
+            refusals = len(re.findall(r"Attempt \d+ failed with status 429", log))
+            if refusals > self.retries_seen:
+                self.retries_seen = refusals
+                yield Progress("retrying", "gemini's provider said 429; gemini tries again")
+            if refusals > 1:
+                raise rate_limited("gemini's provider says 429, too many requests", None)
+
+    def at_end(self, exit_code: int, stderr: str) -> Iterator[Event]:
+        if exit_code == 41:
+            yield Failure(self.logged_out("it could not authenticate"), quiet(stderr, self.noise))
+            yield Done(exit_code)
+        else:
+            yield from super().at_end(exit_code, stderr)
+
+    def clean_up(self) -> None:
+        """Nothing is stored of an agent run, either: gemini has no way to say so before."""
+        if self.session and self.request and not self.request.isolated:
+            for file in (self.user_home() / ".gemini" / "tmp").glob(f"*/chats/session-*-{self.session[:8]}.jsonl"):
+                file.unlink()
+
+
+def literal(text: str) -> str:
+    """A system prompt in which gemini substitutes nothing: each variable is broken up so that it comes out whole."""
+    for whole, broken in (("${AgentSkills}", "${Agent${AgentSkills}Skills}"),
+                          ("${SubAgents}", "${Sub${SubAgents}Agents}"),
+                          ("${AvailableTools}", "${AvailableTools\u2060}")):  # this one keeps its word joiner
+        text = text.replace(whole, broken)
+    return text
+
+
+def provider_message(error: Json) -> str:
+    """The message of a JSON-RPC error of gemini's, which may be the provider's whole body, as JSON."""
+    text = str((error.get("data") or {}).get("details") or error.get("message"))
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(text)["error"]["message"])
+    return text
+
+
+def read_json_with_comments(file: Path) -> Json:
+    """A settings file of the user's; {} if there is none, or none that can be read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        value = json.loads(re.sub(r'("(?:[^"\\]|\\.)*")|//[^\n]*|/\*.*?\*/', lambda found: found.group(1) or "", text,
+                                  flags=re.DOTALL))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# ---- Files for the model way
+
+def link(source: Path, target: Path) -> None:
+    """`target` points at `source`, if that exists: a login that the CLI refreshes is refreshed for the user, too."""
+    if target.is_symlink() and os.readlink(target) == str(source) and source.exists():
+        return
+    with contextlib.suppress(FileNotFoundError):
+        target.unlink()
+    if source.exists():
+        with contextlib.suppress(FileExistsError):  # another run was first
+            target.symlink_to(source)
+
+
+def file_stamp(file: Path) -> str:
+    """What changes when a file does."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return "nothing"
+    return f"{file} {status.st_mtime_ns} {status.st_size}"
+
+
+def write_whole(target: Path, text: str) -> None:
+    """A file that others read meanwhile has its old text or its new one. Mode 0600."""
+    handle, name = tempfile.mkstemp(dir=target.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(name, target)
+
+
+def scratch_directory(config: Config) -> Path:
+    """A new directory for one run. Its name says whose it is, for `sweep`."""
+    place = config.home / "runs"
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=place))
+
+
+def sweep(config: Config) -> None:
+    """Remove the scratch directories of servers that were killed."""
+    for directory in (config.home / "runs").glob("*-*"):
+        owner = directory.name.partition("-")[0]
+        if owner.isdigit() and not is_alive(int(owner)):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+# ---- Any other CLI, and none
+
+class Text(Backend):
+    """A CLI from config alone: it reads the prompt on stdin and prints the answer as text."""
+
+    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
+        super().__init__(name, program, config, cli_version)
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.opens = True
+
+    @classmethod
+    def version_of(cls, name: str, program: List[str], config: Config, output_of: OutputOf) -> str:
+        return ""  # what --version would do to an unknown program is unknown
+
+    def command(self, request: Settled) -> Command:
+        return Command([*self.program, *self.own_flags, *request.extra], request.workdir,
+                       child_environ(self.config, self.name))
+
+    def ask(self, request: Settled, mouth: Mouth) -> None:
+        mouth.say_bytes(request.prompt.encode())
+        mouth.end_of_input()
+
+    def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
+        text = self.decoder.decode(data)
+        if text:
+            yield Message(text, opens=self.opens)
+            self.opens = False
+
+    def at_end(self, exit_code: int, stderr: str) -> Iterator[Event]:
+        rest = self.decoder.decode(b"", final=True)
+        if rest:
+            yield Message(rest, opens=self.opens)
+        if exit_code:
+            yield Failure(BackendFailed(f"{self.name} failed with exit code {exit_code}"), quiet(stderr, self.noise))
+        yield Done(exit_code)
+
+
+class InProcess(Backend):
+    """A backend that needs no process."""
+
+    @classmethod
+    def find(cls, name: str, config: Config) -> Optional[List[str]]:
+        return []
+
+    @classmethod
+    def version_of(cls, name: str, program: List[str], config: Config, output_of: OutputOf) -> str:
+        return __version__
+
+    def answer(self, request: Settled) -> Iterator[Event]:
+        """The events of the whole run."""
+        raise NotImplementedError
+
+
+class Echo(InProcess):
+    """Answers with the prompt, word by word: for trying a client without spending a token."""
+    streams = "deltas"
+
+    def plan(self, request: Settled) -> str:
+        return "(echo needs no command)"
+
+    def answer(self, request: Settled) -> Iterator[Event]:
+        yield Init("echo", "", request.workdir)
+        for number, word in enumerate(re.findall(r"\s*\S+\s*?(?=\s\S|$)|\s+", request.prompt)):
+            yield Message(word, opens=number == 0)
+        yield Done(0, turn_count=1)
+
+
+BACKENDS: Dict[str, Type[Backend]] = {"claude": Claude, "codex": Codex, "gemini": Gemini, "echo": Echo}
+
+
+def kind_of(name: str) -> Type[Backend]:
+    """The class that speaks with a configured backend."""
+    return BACKENDS.get(name, Text)
+
+
+# ==== Runs ========================================================================================
+# In: a Settled request and its backend. Out: the events of the run. Here, and only here, processes are started.
+
+class Stop:
+    """Why a run must end before its time. The thread that runs it asks, every TICK; others may `cancel` it."""
+
+    def __init__(self, limit_secs: float, gone: Callable[[], bool] = lambda: False,
+                 closing: Optional[threading.Event] = None) -> None:
+        self.limit_secs = limit_secs
+        self.deadline = time.monotonic() + limit_secs
+        self.gone = gone
+        self.closing = closing or threading.Event()
+
+    def error(self) -> Optional[ClinvkError]:
+        if self.closing.is_set():
+            return Canceled("the server is stopping; try again when it is back")
+        if self.gone():
+            return Canceled("the client has closed the connection")
+        if time.monotonic() > self.deadline:
+            return TimedOut(f"time is up: the run was ended after {self.limit_secs:g} s. Allow more with timeout_secs, "
+                            "or with server.request_timeout_secs in the config")
+        return None
+
+    def check(self) -> None:
+        error = self.error()
+        if error:
+            raise error
+
+
+class Slots:
+    """At most `limit` runs at once; up to `queue` more wait, and start in the order in which they came."""
+
+    def __init__(self, limit: int, queue: int) -> None:
+        self.limit, self.queue = limit, queue
+        self.active = 0
+        self.waiting: Deque[threading.Event] = collections.deque()
+        self.lock = threading.Lock()  # guards active and waiting
+
+    def take(self, stop: Stop) -> Iterator[Progress]:
+        """Returns when a slot is ours; until then a Progress per SILENCE. Raises BackendUnavailable if the line is
+        full, and what `stop` says. A caller that closes this generator has left the line."""
+        turn = threading.Event()
+        with self.lock:
+            if self.active < self.limit and not self.waiting:
+                self.active += 1
+                return
+            if len(self.waiting) >= self.queue:
+                raise self.full()
+            self.waiting.append(turn)
+        try:
+            yield from wait_for(turn, stop)
+        except BaseException:
+            self.leave(turn)
+            raise
+
+    def full(self) -> BackendUnavailable:
+        error = BackendUnavailable(
+            f"{self.limit} runs are going on and {self.queue} wait: try again later, or raise "
+            "server.max_concurrent_runs or server.max_waiting_runs")
+        error.retry_after = 5
+        return error
+
+    def leave(self, turn: threading.Event) -> None:
+        """Give up a place in the line, or the slot that came just then."""
+        with self.lock:
+            if turn in self.waiting:
+                self.waiting.remove(turn)
+                return
+        self.release()
+
+    def release(self) -> None:
+        with self.lock:
+            if self.waiting:
+                self.waiting.popleft().set()  # the slot is handed on
+            else:
+                self.active -= 1
+
+
+def wait_for(turn: threading.Event, stop: Stop) -> Iterator[Progress]:
+    told = time.monotonic()
+    while not turn.wait(TICK):
+        stop.check()
+        if time.monotonic() - told >= SILENCE:
+            told = time.monotonic()
+            yield Progress("queued", "waiting for a free slot")
+
+
+class Child:
+    """A started CLI: its pipes and its descendants. Between `start` and `leave` one thread at a time uses it."""
+    STDERR_KEPT = 64 * 1024
+
+    def __init__(self, command: Command, *, max_output_bytes: int) -> None:
+        self.mark = uuid.uuid4().hex  # in the environment of all its descendants, wherever they have gone
+        self.command = command
+        self.max_output_bytes = max_output_bytes
+        self.unsent = bytearray()
+        self.stderr = b""
+        self.printed = 0
+        self.process = subprocess.Popen(
+            command.argv, cwd=command.cwd, env={**command.env, MARK: self.mark}, bufsize=0, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            os.set_blocking(pipe.fileno(), False)  # type: ignore[union-attr]
+        self.closes_stdin = False
+
+    def say(self, message: Json) -> None:
+        """Queue one line for its stdin; what the pipe takes goes at once, the rest while we read."""
+        self.say_bytes(json.dumps(message).encode() + b"\n")
+
+    def say_bytes(self, data: bytes) -> None:
+        self.unsent += data
+        self.flush()
+
+    def end_of_input(self) -> None:
+        self.closes_stdin = True
+        self.flush()
+
+    def flush(self) -> None:
+        """Write as much as the pipe takes. A CLI that no longer reads shows in what it prints, not here."""
+        stdin = self.process.stdin
+        if stdin is None or stdin.closed:
+            return
+        try:
+            while self.unsent:
+                del self.unsent[:os.write(stdin.fileno(), self.unsent[:65536])]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self.unsent.clear()
+            self.closes_stdin = True
+        if self.closes_stdin:
+            stdin.close()
+
+    def output(self, stop: Stop) -> Iterator[bytes]:
+        """What it prints on stdout, as it comes, and b"" per TICK of silence; its stderr is kept aside. Ends when it
+        has closed its stdout or is gone. Raises what `stop` says, and BackendFailed if it prints too much."""
+        assert self.process.stdout and self.process.stderr
+        stdout, stderr = self.process.stdout.fileno(), self.process.stderr.fileno()
+        open_pipes = {stdout, stderr}
+        while stdout in open_pipes:
+            ready = self.ready(open_pipes)
+            stop.check()
+            for pipe in ready:
+                data = os.read(pipe, 65536)
+                self.count(len(data))
+                if not data:
+                    open_pipes.discard(pipe)
+                elif pipe == stderr:
+                    self.stderr = (self.stderr + data)[-self.STDERR_KEPT:]
+                else:
+                    yield data
+            if not ready:
+                if self.process.poll() is not None:
+                    return  # a process it left behind holds the pipe
+                yield b""
+
+    def ready(self, pipes: Set[int]) -> List[int]:
+        """Which pipes have something to read, after at most TICK; takes the chance to write what is unsent."""
+        poll = select.poll()
+        for pipe in pipes:
+            poll.register(pipe, select.POLLIN)
+        stdin = self.process.stdin
+        if self.unsent and stdin is not None and not stdin.closed:
+            poll.register(stdin.fileno(), select.POLLOUT)
+        found = [pipe for pipe, _ in poll.poll(TICK * 1000)]
+        if self.unsent:
+            self.flush()
+        return [pipe for pipe in found if pipe in pipes]
+
+    def count(self, size: int) -> None:
+        self.printed += size
+        if self.printed > self.max_output_bytes:
+            raise BackendFailed(f"{self.command.argv[0]} was ended: it printed over {self.max_output_bytes} bytes; "
+                                "raise server.max_output_bytes to allow more")
+
+    def leave(self, patience: float) -> None:
+        """End it and all its descendants; returns when none is left. It may take `patience` seconds to go by itself
+        once its stdin is closed; then comes SIGTERM, and GRACE seconds later SIGKILL."""
+        self.unsent.clear()
+        self.end_of_input()
+        if patience:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(patience)
+        end_descendants(self.process, self.mark)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe:
+                pipe.close()
+        if self.command.scratch:
+            shutil.rmtree(self.command.scratch, ignore_errors=True)
+
+
+MARK = "CLINVK_RUN"  # environment variable that names the run a process belongs to
+GRACE = 1.5  # seconds between SIGTERM and SIGKILL: with the time to notice, under 2 s in all
+PATIENCE = 2.0  # seconds for a CLI to store its conversation and go, once its answer is complete
+
+
+class Children:
+    """Every started CLI of this server, until the last of its descendants has gone."""
+
+    def __init__(self, max_output_bytes: int) -> None:
+        self.max_output_bytes = max_output_bytes
+        self.changed = threading.Condition()  # guards alive
+        self.alive: Set[Child] = set()
+
+    def start(self, command: Command) -> Child:
+        """Raises BackendUnavailable if the program can not be started."""
+        if os.name != "posix":
+            raise BackendUnavailable("running a CLI needs Linux or macOS; on this system only the echo backend works")
+        try:
+            child = Child(command, max_output_bytes=self.max_output_bytes)
+        except (OSError, ValueError) as error:
+            if command.scratch:
+                shutil.rmtree(command.scratch, ignore_errors=True)
+            raise BackendUnavailable(f"{command.argv[0]} can not be started: {error}") from None
+        with self.changed:
+            self.alive.add(child)
+        return child
+
+    def dismiss(self, child: Child, then: Callable[[], None], *, patience: float) -> None:
+        """End `child` in a thread of its own, so that nobody's answer waits for it; call `then` when it has gone."""
+        threading.Thread(target=self.see_off, args=(child, then, patience), name="see off", daemon=True).start()
+
+    def see_off(self, child: Child, then: Callable[[], None], patience: float) -> None:
+        try:
+            child.leave(patience)
+        finally:
+            with self.changed:
+                self.alive.discard(child)
+                self.changed.notify_all()
+            then()
+
+    def wait_until_gone(self, seconds: float) -> bool:
+        with self.changed:
+            return self.changed.wait_for(lambda: not self.alive, seconds)
+
+
+def run(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop) -> Events:
+    """One prompt and its answer: wait for a slot, start the CLI, say the prompt, yield events, end it (SPEC 4).
+
+    Yields the backend's events, a Progress per SILENCE, a Failure if the run failed, and one Done, always last.
+    Raises BackendUnavailable and TimedOut while nothing has been started. Closing the generator ends the CLI and all
+    its descendants within 2 s; a client that leaves a silent CLI is noticed through `stop`."""
+    began = time.monotonic()
+    yield from slots.take(stop)
+    if isinstance(backend, InProcess):
+        steps = released(backend.answer(request), slots.release)
+    else:
+        steps = conversation(request, backend, children, slots, stop)
+    with contextlib.closing(steps):
+        for event in steps:
+            if isinstance(event, Done):
+                event = dataclasses.replace(event, duration_ms=round(1000 * (time.monotonic() - began)))
+            yield event
+
+
+def released(steps: Iterator[Event], release: Callable[[], None]) -> Events:
+    try:
+        yield from steps
+    finally:
+        release()
+
+
+def conversation(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop) -> Events:
+    """Start the CLI, greet it, ask it, and pass on what it says until its answer is complete."""
+    try:
+        backend.prepare(request, functools.partial(output_of, children, stop))
+        child = children.start(backend.command(request))
+    except BaseException:
+        backend.clean_up()
+        slots.release()
+        raise
+    patience = 0.0
+    try:
+        backend.greet(child)
+        backend.ask(request, child)
+        for event in told_by(backend, child, stop):
+            if isinstance(event, Done) and event.exit_code == 0:
+                patience = PATIENCE
+            yield event
+    finally:
+        children.dismiss(child, functools.partial(leave_nothing, backend, slots), patience=patience)
+
+
+def leave_nothing(backend: Backend, slots: Slots) -> None:
+    """What is left to do when a run's last process has gone."""
+    try:
+        backend.clean_up()
+    finally:
+        slots.release()
+
+
+def output_of(children: Children, stop: Stop, command: Command, said: bytes, until: bytes) -> bytes:
+    """What a command prints when it is told `said`: all of it, or up to the line that begins with `until`."""
+    child = children.start(command)
+    heard = bytearray()
+    try:
+        child.say_bytes(said)
+        if not until:
+            child.end_of_input()
+        for data in child.output(stop):
+            heard += data
+            if until and any(line.startswith(until) for line in heard.split(b"\n")[:-1]):
+                break
+    finally:
+        children.dismiss(child, lambda: None, patience=0.0)
+    return bytes(heard)
+
+
+def told_by(backend: Backend, child: Child, stop: Stop) -> Iterator[Event]:
+    """The events of one turn, the last of them a Done, whatever happens."""
+    heard = time.monotonic()
+    try:
+        for data in child.output(stop):
+            steps = backend.read(data, child) if data else backend.look()
+            for event in steps:
+                yield prompted(event)
+                if isinstance(event, Done):
+                    return
+            heard = time.monotonic() if data else heard
+            if time.monotonic() - heard >= SILENCE:
+                heard = time.monotonic()
+                yield Progress("waiting", f"no output for {SILENCE:g} s")
+        for event in backend.at_end(exit_code_of(child), child.stderr.decode(errors="replace")):
+            yield prompted(event)
+    except ClinvkError as error:
+        yield prompted(Failure(error, quiet(child.stderr.decode(errors="replace"), backend.noise)))
+        yield Done(-1)
+
+
+def prompted(event: Event) -> Event:
+    """A failure from here on comes after the prompt was given: SDKs must not repeat it."""
+    if isinstance(event, Failure):
+        event.error.prompted = True
+    return event
+
+
+def exit_code_of(child: Child) -> int:
+    """Of a CLI that closed its stdout; -1 if it does not go."""
+    try:
+        return child.process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        return -1
+
+
+# ---- Ending all descendants (PROTOCOLS 6): the CLIs start their tools in sessions and groups of their own
+
+class Process(NamedTuple):
+    pid: int
+    parent: int
+    group: int
+    zombie: bool
+    marked: bool
+
+
+def processes(mark: str) -> List[Process]:
+    """Every process of this machine; `marked` if `mark` is in its environment."""
+    if os.path.isdir("/proc/self"):
+        found = (proc_process(name, f"{MARK}={mark}".encode()) for name in os.listdir("/proc"))
+        return [process for process in found if process]
+    listed = subprocess.run(["ps", "-axEww", "-o", "pid=,ppid=,pgid=,state=,command="], capture_output=True,
+                            text=True, errors="replace", check=False).stdout
+    rows = [line.split(None, 4) for line in listed.splitlines()]
+    return [Process(int(r[0]), int(r[1]), int(r[2]), r[3].startswith("Z"), f"{MARK}={mark}" in r[-1])
+            for r in rows if len(r) == 5]
+
+
+def proc_process(name: str, mark: bytes) -> Optional[Process]:
+    """One entry of Linux's /proc; None if it is no process, or gone."""
+    if not name.isdigit():
+        return None
+    try:
+        with open(f"/proc/{name}/stat", "rb") as stat:
+            state, parent, group = stat.read().rpartition(b")")[2].split()[:3]
+    except OSError:
+        return None
+    try:
+        with open(f"/proc/{name}/environ", "rb") as environ:
+            marked = mark in environ.read()
+    except OSError:  # another user's, or just gone
+        marked = False
+    return Process(int(name), int(parent), int(group), state == b"Z", marked)
+
+
+def descendants(root: subprocess.Popen[bytes], mark: str) -> List[Process]:
+    """`root`, what it started, what that started, and what carries the mark though its parents have gone."""
+    listed = processes(mark)
+    family = {p.pid for p in listed if p.marked} | ({root.pid} if root.poll() is None else set())
+    before = 0
+    while len(family) > before:
+        before = len(family)
+        family |= {p.pid for p in listed if p.parent in family}
+    return [p for p in listed if p.pid in family]
+
+
+def end_descendants(root: subprocess.Popen[bytes], mark: str) -> None:
+    """SIGTERM to every descendant and its group, SIGKILL after GRACE seconds; returns when none is left."""
+    began, pause, sent = time.monotonic(), 0.005, signal.SIGTERM
+    known: Set[int] = set()  # who has had the present signal: a CLI that cleans up is not told twice
+    while True:
+        family = [p for p in descendants(root, mark) if not buried(p)]
+        if not family:
+            return
+        if sent == signal.SIGTERM and time.monotonic() - began > GRACE:
+            sent, known = signal.SIGKILL, set()
+        for process in family:
+            if process.pid not in known:
+                send(sent, process)
+        known |= {p.pid for p in family}
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def buried(process: Process) -> bool:
+    """Whether this is no process any more. An orphan that fell to us, if we are init in a container, is reaped."""
+    if process.zombie and process.parent == os.getpid():
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(process.pid, os.WNOHANG)
+    return process.zombie
+
+
+def send(number: int, process: Process) -> None:
+    """A signal to a process, and to its group if that is its own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if process.group == process.pid:
+            os.killpg(process.group, number)
+        os.kill(process.pid, number)
+
+
+# ==== Renderers ===================================================================================
+# In: a Result, or events as they come. Out: the bytes of one API's answers, streams and errors.
+
+JSON_TYPE = "application/json"
+LINE_ENDS = str.maketrans({"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"})
+
+
+def to_json(value: Any) -> bytes:
+    """UTF-8 JSON on one line, for readers too that take U+2028 and its like for a line end."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii():
+        text = text.translate(LINE_ENDS)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say and UTF-8 can not
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+def spliced(value: Any, texts: Mapping[str, List[str]]) -> List[bytes]:
+    """`value` as JSON, its marker strings replaced by long texts in pieces: no text is ever held twice.
+
+    A piece is let go as soon as it is encoded, so the lists of `texts` are empty afterwards."""
+    parts, rest = [], to_json(value)
+    for marker, pieces in texts.items():
+        head, _, rest = rest.partition(to_json(marker))
+        parts.append(head + b'"')
+        pieces.reverse()
+        while pieces:
+            parts.append(to_json(pieces.pop())[1:-1])
+        parts.append(b'"')
+    return [*parts, rest]
+
+
+def marker() -> str:
+    """A string that stands for a text to be spliced in, and that nothing else in the answer can equal."""
+    return f"text-{uuid.uuid4().hex}"
+
+
+def estimate(characters: int) -> int:
+    """Tokens of a text whose count nobody told us: 4 characters a token."""
+    return (characters + 3) // 4
+
+
+def length(pieces: Iterable[str]) -> int:
+    return sum(map(len, pieces))
+
+
+def utc(seconds: float) -> str:
+    """RFC 3339, to the millisecond."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="milliseconds").replace(
+        "+00:00", "Z")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a renderer must know of the request: the model's name as the client wrote it, the prompt's length."""
+    model: str = ""
+    characters: int = 0
+    include_usage: bool = False
+    request_id: str = ""
+
+
+class Renderer:
+    """One API's way to write answers. An instance serves one request.
+
+    `stream` is given events that begin with the answer's first and end with Done; a Failure in them becomes the
+    API's own kind of error in the stream. Both must leave `events` to their caller to close."""
+    stream_type = "text/event-stream"
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+
+    def whole(self, result: Result) -> List[bytes]:
+        raise NotImplementedError
+
+    def stream(self, events: Iterator[Event]) -> Iterator[bytes]:
+        raise NotImplementedError
+
+    @classmethod
+    def error(cls, error: ClinvkError, request_id: str) -> Tuple[int, str, Json]:
+        """Status, content type and body."""
+        raise NotImplementedError
+
+    @classmethod
+    def error_headers(cls, error: ClinvkError) -> Dict[str, str]:
+        headers = {"x-should-retry": "false"} if error.prompted else {}
+        if error.retry_after is not None:
+            headers["Retry-After"] = str(max(1, round(error.retry_after)))
+        if isinstance(error, MethodNotAllowed):
+            headers["Allow"] = error.allow
+        if isinstance(error, Unauthorized):
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
+
+    def usage(self, result: Result) -> Usage:
+        """The CLI's counts, else an estimate."""
+        return result.usage or Usage(estimate(self.asked.characters), estimate(length(result.said)))
+
+
+# ---- /api/v1
+
+class Native(Renderer):
+    """SPEC 2.1: one JSON object, or NDJSON events."""
+    stream_type = "application/x-ndjson"
+
+    def __init__(self, asked: Asked, backend: str, ignored: Sequence[str] = ()) -> None:
+        super().__init__(asked)
+        self.backend, self.ignored = backend, ignored
+
+    def whole(self, result: Result) -> List[bytes]:
+        text, done = marker(), result.done
+        answer: Json = {"backend": self.backend, "model": result.init.model or self.asked.model,
+                        "exit_code": done.exit_code, "duration_ms": done.duration_ms, "output": text,
+                        "token_usage": result.usage and native_usage(result.usage), "cost_usd": done.cost_usd,
+                        "error": result.failure and failure_text(result.failure), "ignored": list(self.ignored)}
+        kept = {name: value for name, value in answer.items() if value not in (None, "", [])}
+        return spliced(kept, {text: result.final})
+
+    def stream(self, events: Iterator[Event]) -> Iterator[bytes]:
+        result, sequence = Result(), 0
+        for event in events:
+            result.add(event)
+            sequence += 1
+            line = {"type": EVENT_NAMES[type(event)], "backend": self.backend, "session_id": "",
+                    "timestamp": utc(time.time()), "sequence": sequence}
+            if isinstance(event, Done):
+                text = marker()
+                yield from spliced({**line, "content": done_content(result, text)}, {text: result.final})
+                yield b"\n"
+                return
+            yield to_json({**line, "content": event_content(event)}) + b"\n"
+
+    @classmethod
+    def error(cls, error: ClinvkError, request_id: str) -> Tuple[int, str, Json]:
+        status = error.native_status or error.status
+        body: Json = {"type": "about:blank", "title": http.HTTPStatus(status).phrase, "status": status,
+                      "detail": str(error), "errors": [p._asdict() for p in error.problems]}
+        if status in (401, 429):
+            body.update(error="unauthorized" if status == 401 else "too_many_requests", message=str(error))
+        return status, "application/problem+json", body
+
+
+EVENT_NAMES = {Init: "init", Message: "message", Thinking: "thinking", ToolUse: "tool_use", ToolResult: "tool_result",
+               TokenUsage: "token_usage", Progress: "progress", Failure: "error", Done: "done"}
+
+
+def event_content(event: Event) -> Json:
+    if isinstance(event, Message):
+        return {"text": event.text, "role": "assistant", "is_partial": event.is_partial}
+    if isinstance(event, TokenUsage):
+        return native_usage(event.usage)
+    if isinstance(event, Failure):
+        return {"code": event.error.code, "message": str(event.error), "details": event.details}
+    return dict(vars(event))
+
+
+def done_content(result: Result, text: str) -> Json:
+    done = result.done
+    return {"exit_code": done.exit_code, "duration_ms": done.duration_ms, "output": text,
+            "token_usage": result.usage and native_usage(result.usage), "cost_usd": done.cost_usd,
+            "turn_count": done.turn_count}
+
+
+def native_usage(usage: Usage) -> Json:
+    return {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens,
+            "cached_tokens": usage.cached_tokens, "reasoning_tokens": usage.reasoning_tokens}
+
+
+def failure_text(failure: Failure) -> str:
+    return "\n".join(part for part in (str(failure.error), failure.details) if part)
+
+
+# ---- OpenAI
+
+class OpenAI(Renderer):
+    """SPEC 2.4: chat completions."""
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked)
+        self.base: Json = {"id": "chatcmpl-" + uuid.uuid4().hex, "created": int(time.time()), "model": asked.model,
+                           "system_fingerprint": f"clinvk-{__version__}"}
+
+    def whole(self, result: Result) -> List[bytes]:
+        text, thought = marker(), marker()
+        texts = {text: result.said}
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        if result.thoughts:
+            message["reasoning_content"], texts[thought] = thought, result.thoughts
+        choice = {"index": 0, "message": message, "finish_reason": FINISH_REASONS[result.done.stop], "logprobs": None}
+        usage = openai_usage(self.usage(result))
+        return spliced({**self.base, "object": "chat.completion", "choices": [choice], "usage": usage}, texts)
+
+    def stream(self, events: Iterator[Event]) -> Iterator[bytes]:
+        counted, characters = Usage(), 0
+        known = spoken = False
+        yield self.chunk({"role": "assistant", "content": ""})
+        for event in events:
+            if isinstance(event, Message):
+                text = PARAGRAPH + event.text if event.opens and spoken else event.text
+                characters, spoken = characters + len(text), True
+                yield self.chunk({"content": text})
+            elif isinstance(event, Thinking):
+                yield self.chunk({"reasoning_content": event.text})
+            elif isinstance(event, TokenUsage):
+                counted, known = event.usage, True
+            elif isinstance(event, Progress):
+                yield b": keepalive\n\n"
+            elif isinstance(event, Failure):
+                yield server_sent(self.error(event.error, self.asked.request_id)[2])
+                return
+            elif isinstance(event, Done):
+                yield self.chunk({}, FINISH_REASONS[event.stop])
+                break
+        if self.asked.include_usage:
+            usage = counted if known else Usage(estimate(self.asked.characters), estimate(characters))
+            yield server_sent({**self.base, "object": "chat.completion.chunk", "choices": [],
+                               "usage": openai_usage(usage)})
+        yield b"data: [DONE]\n\n"
+
+    def chunk(self, delta: Json, finish_reason: Optional[str] = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        chunk = {**self.base, "object": "chat.completion.chunk", "choices": [choice]}
+        if self.asked.include_usage:
+            chunk["usage"] = None
+        return server_sent(chunk)
+
+    @classmethod
+    def error(cls, error: ClinvkError, request_id: str) -> Tuple[int, str, Json]:
+        kind, code = error.openai
+        param = error.problems[0].location if error.problems else None
+        return error.status, JSON_TYPE, {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+
+
+FINISH_REASONS = {"end": "stop", "length": "length", "sequence": "stop"}
+
+
+def server_sent(value: Any, event: str = "") -> bytes:
+    """One event of a text/event-stream."""
+    head = f"event: {event}\n".encode() if event else b""
+    return head + b"data: " + to_json(value) + b"\n\n"
+
+
+def openai_usage(usage: Usage) -> Json:
+    return {"prompt_tokens": usage.all_input, "completion_tokens": usage.output_tokens,
+            "total_tokens": usage.all_input + usage.output_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}
+
+
+# ---- Anthropic
+
+class Anthropic(Renderer):
+    """SPEC 2.5: messages."""
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked)
+        self.base: Json = {"id": "msg_" + uuid.uuid4().hex, "type": "message", "role": "assistant",
+                           "model": asked.model}
+
+    def whole(self, result: Result) -> List[bytes]:
+        text, thought = marker(), marker()
+        texts, content = {}, []
+        if result.thoughts:
+            content.append({"type": "thinking", "thinking": thought, "signature": ""})
+            texts[thought] = result.thoughts
+        content.append({"type": "text", "text": text})
+        texts[text] = result.said
+        usage = anthropic_usage(self.usage(result))
+        return spliced({**self.base, "content": content, **stop_of(result.done), "usage": usage}, texts)
+
+    def stream(self, events: Iterator[Event]) -> Iterator[bytes]:
+        usage: Optional[Usage] = None
+        blocks, characters, begun = Blocks(), 0, False
+        for event in events:
+            if isinstance(event, TokenUsage):
+                usage = event.usage
+                continue
+            if not begun:
+                begun = True
+                yield self.message_start(usage)
+            if isinstance(event, Message):
+                text = PARAGRAPH + event.text if event.opens and blocks.spoken else event.text
+                characters += len(text)
+                yield from blocks.say("text", text)
+            elif isinstance(event, Thinking):
+                yield from blocks.say("thinking", event.text)
+            elif isinstance(event, Progress):
+                yield server_sent({"type": "ping"}, "ping")
+            elif isinstance(event, Failure):
+                yield server_sent(self.error(event.error, self.asked.request_id)[2], "error")
+                return
+            elif isinstance(event, Done):
+                yield from blocks.finish()
+                counts = usage or Usage(estimate(self.asked.characters), estimate(characters))
+                yield server_sent({"type": "message_delta", "delta": stop_of(event), "usage": anthropic_usage(counts)},
+                                  "message_delta")
+                yield server_sent({"type": "message_stop"}, "message_stop")
+                return
+
+    def message_start(self, usage: Optional[Usage]) -> bytes:
+        counts = usage or Usage(max(1, estimate(self.asked.characters)))
+        message = {**self.base, "content": [], "stop_reason": None, "stop_sequence": None,
+                   "usage": {**anthropic_usage(counts), "output_tokens": 1}}
+        return server_sent({"type": "message_start", "message": message}, "message_start") + server_sent(
+            {"type": "ping"}, "ping")
+
+    @classmethod
+    def error(cls, error: ClinvkError, request_id: str) -> Tuple[int, str, Json]:
+        return error.status, JSON_TYPE, {"type": "error", "error": {"type": error.anthropic, "message": str(error)},
+                                         "request_id": request_id}
+
+
+class Blocks:
+    """The content blocks of a stream of Anthropic's: one is open at a time, each is opened, filled and closed."""
+    EMPTY: ClassVar[Dict[str, Json]] = {"text": {"type": "text", "text": ""},
+                                        "thinking": {"type": "thinking", "thinking": "", "signature": ""}}
+
+    def __init__(self) -> None:
+        self.index, self.open, self.spoken = -1, "", False
+
+    def say(self, kind: str, text: str) -> Iterator[bytes]:
+        if self.open != kind:
+            yield from self.close()
+            self.index, self.open = self.index + 1, kind
+            yield server_sent({"type": "content_block_start", "index": self.index, "content_block": self.EMPTY[kind]},
+                              "content_block_start")
+        self.spoken = self.spoken or kind == "text"
+        yield self.delta({"type": f"{kind}_delta", kind: text})
+
+    def delta(self, delta: Json) -> bytes:
+        return server_sent({"type": "content_block_delta", "index": self.index, "delta": delta}, "content_block_delta")
+
+    def close(self) -> Iterator[bytes]:
+        if self.open == "thinking":
+            yield self.delta({"type": "signature_delta", "signature": ""})
+        if self.open:
+            yield server_sent({"type": "content_block_stop", "index": self.index}, "content_block_stop")
+        self.open = ""
+
+    def finish(self) -> Iterator[bytes]:
+        """Close what is open. An answer without any text has an empty text block, as a whole one has."""
+        if not self.spoken:
+            yield from self.say("text", "")
+        yield from self.close()
+
+
+STOP_REASONS = {"end": "end_turn", "length": "max_tokens", "sequence": "stop_sequence"}
+
+
+def stop_of(done: Done) -> Json:
+    return {"stop_reason": STOP_REASONS[done.stop], "stop_sequence": done.stop_sequence}
+
+
+def anthropic_usage(usage: Usage) -> Json:
+    return {"input_tokens": usage.fresh_input, "output_tokens": usage.output_tokens,
+            "cache_read_input_tokens": usage.cached_tokens,
+            "cache_creation_input_tokens": usage.cache_creation_tokens}
+
+
+# ---- Stop sequences
+
+def cut_at(stops: List[str], events: Events) -> Events:
+    """`events` up to the first of `stops` in the answer's text; there the run is closed, and a Done says which.
+
+    Text that may be the beginning of a stop sequence is held back until the next piece shows."""
+    held = ""
+    with contextlib.closing(events):
+        for event in events:
+            if held and (isinstance(event, (ToolUse, Failure, Done)) or (isinstance(event, Message) and event.opens)):
+                yield Message(held)
+                held = ""
+            if not isinstance(event, Message):
+                yield event
+                continue
+            text, found = split_at(stops, held + event.text)
+            held = "" if found else text[len(text) - overlap(stops, text):]
+            yield dataclasses.replace(event, text=text[:len(text) - len(held)])
+            if found:
+                yield Done(0, stop="sequence", stop_sequence=found)
+                return
+
+
+def split_at(stops: List[str], text: str) -> Tuple[str, str]:
+    """The text before the first stop sequence, and that sequence; all of it and "" if there is none."""
+    found = [(text.index(stop), -len(stop), stop) for stop in stops if stop in text]
+    if not found:
+        return text, ""
+    at, _, stop = min(found)
+    return text[:at], stop
+
+
+def overlap(stops: List[str], text: str) -> int:
+    """How many of the last characters may be the beginning of a stop sequence."""
+    longest = min(max(map(len, stops)) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+# ==== Guards ======================================================================================
+# In: the head of an HTTP request, a working directory, flags. Out: nothing, or the error that refuses it (SPEC 7).
+
+class Head(NamedTuple):
+    """What the guards look at. `headers` answers to names in any case."""
+    method: str
+    path: str
+    headers: Mapping[str, str]
+
+
+def check_host(config: Config, head: Head) -> None:
+    """A page that rebinds its own name to 127.0.0.1 still sends that name."""
+    server = config.server
+    if server.host in ("0.0.0.0", "::") and config.keys:
+        return
+    name = host_name(head.headers.get("Host") or "")
+    if name not in {"localhost", "127.0.0.1", "::1", server.host.lower(), *map(str.lower, server.allowed_hosts)}:
+        raise Forbidden(f'the Host "{name}" is not allowed; add it to server.allowed_hosts if it is yours')
+
+
+def host_name(host: str) -> str:
+    """`[::1]:8080` -> `::1`, `Localhost:8080` -> `localhost`."""
+    bracketed = re.match(r"\[([^\]]*)\]", host)
+    return (bracketed.group(1) if bracketed else host.partition(":")[0]).lower()
+
+
+def check_origin(config: Config, head: Head) -> None:
+    """Only the server's own pages and desktop apps may call from a browser engine."""
+    origin = head.headers.get("Origin")
+    if origin is None or origin.partition("://")[0] in APP_SCHEMES and "://" in origin:
+        return
+    if origin.lower() not in {f"{scheme}://{head.headers.get('Host') or ''}".lower() for scheme in ("http", "https")}:
+        raise Forbidden(f'the Origin "{origin}" is not allowed: a web page must not drive the CLIs')
+
+
+APP_SCHEMES = ("app", "tauri", "vscode-webview", "vscode-file")
+
+
+def check_key(config: Config, head: Head) -> None:
+    if not config.keys or head.path in OPEN_PATHS:
+        return
+    scheme, _, token = (head.headers.get("Authorization") or "").partition(" ")
+    sent = head.headers.get("X-Api-Key") or (token.strip() if scheme.lower() == "bearer" else "")
+    given = [hmac.compare_digest(sent.encode(errors="replace"), key.encode()) for key in config.keys]
+    if not any(given):
+        raise Unauthorized("send one of the server's API keys as X-Api-Key or as Authorization: Bearer")
+
+
+OPEN_PATHS = ("/health", "/openapi.json", "/docs", "/metrics")
+
+
+def check_type(config: Config, head: Head) -> None:
+    """JSON must be said: a form or a typeless Blob is what a web page can post without asking first."""
+    content_type = (head.headers.get("Content-Type") or "").partition(";")[0].strip().lower()
+    if head.method == "POST" and content_type != JSON_TYPE:
+        raise WrongType(f"send Content-Type: {JSON_TYPE}" + (f", not {content_type}" if content_type else ""))
+
+
+GUARDS: Tuple[Callable[[Config, Head], None], ...] = (check_host, check_origin, check_key, check_type)
+
+BLOCKED_PREFIXES = ("/etc", "/var/run", "/var/lock", "/root", "/sys", "/proc", "/dev", "/usr/bin", "/usr/sbin", "/bin",
+                    "/sbin", "/boot", "/lib", "/lib64", "/usr/lib", "/usr/lib64")
+
+
+def allowed_workdir(asked: Optional[str], config: Config) -> str:
+    """The directory that a run starts in, symlinks resolved: what was asked for, else the server's own."""
+    if asked is None:
+        return os.getcwd()
+    if not os.path.isabs(asked):
+        raise Invalid([Problem("workdir", "must be an absolute path", asked)])
+    resolved, home = os.path.realpath(asked), os.path.realpath(config.environ.get("HOME") or os.path.expanduser("~"))
+    if not os.path.isdir(resolved):
+        raise Invalid([Problem("workdir", "must be an existing directory", asked)])
+    blocked = [p for p in BLOCKED_PREFIXES if p != "/root" or home != "/root"] + config.server.blocked_workdir_prefixes
+    if any(within(resolved, prefix) for prefix in blocked):
+        raise Forbidden(f"workdir: {asked} lies in a blocked directory; choose another one")
+    allowed = config.server.allowed_workdir_prefixes
+    if allowed and not any(within(resolved, prefix) for prefix in allowed):
+        raise Forbidden(f"workdir: {asked} lies in none of server.allowed_workdir_prefixes")
+    return resolved
+
+
+def within(path: str, prefix: str) -> bool:
+    """Whether `path` is `prefix` or below it, in whole components; also below what `prefix` is a link to."""
+    return any(path == p or path.startswith(p.rstrip("/") + "/") for p in (prefix, os.path.realpath(prefix)))
+
+
+def check_flags(extra: List[str], allowed: Mapping[str, bool], backend: str) -> None:
+    """`allowed` says of each flag whether a value follows it. Raises Forbidden for any other, and for stray words."""
+    value_may_follow = False
+    for item in extra:
+        flag, assigned, _ = item.partition("=")
+        if not item.startswith("-"):
+            if not value_may_follow:
+                raise Forbidden(f'extra: "{item}" does not belong to a flag')
+            value_may_follow = False
+        elif flag not in allowed:
+            known = ", ".join(sorted(allowed)) or "none"
+            raise Forbidden(f"extra: {flag} is not allowed for {backend} (allowed: {known}); "
+                            f"backends.{backend}.allowed_extra_flags can allow it")
+        else:
+            value_may_follow = allowed[flag] and not assigned
+
+
+# ==== Server ======================================================================================
+# In: a Config. Out: everything that lives as long as the server does, and the runs that are started on it.
+
+class Started(NamedTuple):
+    """A run under way: its events, and what its request asked for that nobody can honour."""
+    events: Events
+    request: Settled
+    ignored: List[str]
+
+
+class Server:
+    """What all requests share. Threads: every method may be called from any."""
+    LOOKED_UP = 30.0  # seconds for which a PATH look-up holds
+    VERSION_SECS = 30.0  # for a CLI to say its version
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.began = time.time()
+        self.closing = threading.Event()
+        self.slots = Slots(config.server.max_concurrent_runs, config.server.max_waiting_runs)
+        self.children = Children(config.server.max_output_bytes)
+        self.programs: Dict[str, Tuple[float, Optional[List[str]]]] = {}  # backend -> when looked up, what was found
+        self.versions: Dict[str, str] = {}
+
+    def program(self, name: str) -> Optional[List[str]]:
+        """Program and first arguments of a backend; None if it is not installed. [] for what needs no program."""
+        looked_up, found = self.programs.get(name, (0.0, None))
+        if time.monotonic() - looked_up > self.LOOKED_UP or not looked_up:
+            found = kind_of(name).find(name, self.config)
+            self.programs[name] = time.monotonic(), found
+        return found
+
+    def runnable(self) -> List[str]:
+        """The backends that can run now, in the stable order."""
+        return [n for n in self.config.names() if self.config.backends[n].enabled and self.program(n) is not None]
+
+    def backend(self, name: str) -> Backend:
+        """A fresh backend for one child. Raises BackendUnavailable if it is disabled or not installed."""
+        if not self.config.backends[name].enabled:
+            raise BackendUnavailable(f"{name} is disabled; set backends.{name}.enabled: true to use it")
+        program = self.program(name)
+        if program is None:
+            command = command_of(name, self.config)[0]
+            raise BackendUnavailable(f'{name} is not installed: no "{command}" on PATH. Install it, or set '
+                                     f"backends.{name}.command")
+        return kind_of(name)(name, program, self.config, self.versions.get(name, ""))
+
+    def start(self, asked: PromptRequest, gone: Callable[[], bool], where: str = "") -> Started:
+        """Check what only the server can check, and hand back the run; nothing runs before its first event is asked
+        for. Raises Invalid, Forbidden and BackendUnavailable. `where` is the place of the fields in the body."""
+        if asked.backend not in self.config.backends:
+            names = self.config.names()
+            raise Invalid([Problem(f"{where}backend", "must be one of " + ", ".join(names)
+                                   + nearest(asked.backend, names), asked.backend)])
+        if asked.session_id is not None:
+            raise not_yet(f"{where}session_id", "sessions")
+        backend = self.backend(asked.backend)
+        own_flags = dict.fromkeys(self.config.backends[asked.backend].allowed_extra_flags, True)
+        check_flags(asked.extra, {**backend.extra_flags, **own_flags}, asked.backend)
+        workdir = self.empty_directory() if asked.isolated else allowed_workdir(asked.workdir, self.config)
+        request = settled(asked, self.config, workdir)
+        fault = backend.refuses(request)
+        if fault:
+            raise Invalid([Problem(f"{where}prompt", fault)])
+        stop = Stop(request.timeout_secs, gone, self.closing)
+        events = planned(request, backend) if request.dry_run else \
+            run(request, backend, self.children, self.slots, stop)
+        return Started(events, request, backend.ignored(request))
+
+    def empty_directory(self) -> str:
+        """Where the model way runs: clinvk's own, with nothing in it that a CLI could read."""
+        directory = self.config.home / "empty"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return str(directory)
+
+    def look_up_versions(self) -> None:
+        """Ask each installed CLI for its version; a thread of its own calls this once."""
+        for name in self.runnable():
+            asking = functools.partial(output_of, self.children, Stop(self.VERSION_SECS, closing=self.closing))
+            try:
+                self.versions[name] = kind_of(name).version_of(name, self.program(name) or [], self.config, asking)
+            except ClinvkError as error:
+                LOG.warning("the version of %s is not known: %s", name, error)
+
+    def close(self, seconds: float = 4.0) -> None:
+        """End every run and wait for its CLI to be gone."""
+        self.closing.set()
+        self.children.wait_until_gone(seconds)
+
+
+def planned(request: Settled, backend: Backend) -> Events:
+    """`dry_run`: the command line that would run, and nothing else."""
+    yield Message(backend.plan(request), opens=True)
+    yield Done(0)
+
+
+# ==== Routes ======================================================================================
+# In: a checked request. Out: an Answer. One function per endpoint (SPEC 2).
+
+class Call(NamedTuple):
+    """One HTTP request as an endpoint sees it. `body` is an instance of the route's model."""
+    body: Any
+    request_id: str
+    gone: Callable[[], bool]
+    query: Mapping[str, str]
+    name: str = ""  # the last part of the path, where the route leaves it open
+
+
+class Answer:
+    """Status, headers and the body's pieces; `close` is called when the last one has been sent, or the client left."""
+
+    def __init__(self, body: Iterable[bytes], status: int = 200, content_type: str = JSON_TYPE,
+                 headers: Optional[Mapping[str, str]] = None, close: Callable[[], None] = lambda: None) -> None:
+        self.status, self.body, self.close = status, body, close
+        self.headers = {"Content-Type": content_type, **(headers or {})}
+        if isinstance(body, list):
+            self.headers["Content-Length"] = str(sum(map(len, body)))
+
+
+class Route(NamedTuple):
+    method: str
+    patterns: Tuple[str, ...]
+    function: Callable[[Server, Call], Answer]
+    body: Optional[type]
+    where: str  # what the path of a faulty field begins with
+
+
+ROUTES: List[Route] = []
+Endpoint = Callable[[Server, Call], Answer]
+
+
+def route(method: str, *patterns: str, body: Optional[type] = None, where: str = "") -> Callable[[Endpoint], Endpoint]:
+    """Register an endpoint under its path and the other paths that clients build."""
+    def add(function: Endpoint) -> Endpoint:
+        ROUTES.append(Route(method, patterns, function, body, where))
+        return function
+    return add
+
+
+def json_answer(value: Any, **headers: str) -> Answer:
+    return Answer([to_json(value)], headers={name.replace("_", "-"): text for name, text in headers.items()})
+
+
+@route("POST", "/api/v1/prompt", body=PromptRequest, where="body")
+def prompt(server: Server, call: Call) -> Answer:
+    """Run one prompt on one backend."""
+    started = server.start(call.body, call.gone, "body.")
+    asked = Asked(started.request.model, len(started.request.prompt), request_id=call.request_id)
+    renderer = Native(asked, started.request.backend, [*started.ignored, *(["metadata"] if call.body.metadata else [])])
+    if started.request.streams:
+        return streamed(started.events, renderer, {}, until=Event)
+    return collected(started.events, renderer, {})
+
+
+@route("POST", "/openai/v1/chat/completions", "/v1/chat/completions", body=ChatRequest)
+def chat_completions(server: Server, call: Call) -> Answer:
+    """OpenAI's chat completions."""
+    return compat(server, call, OpenAI, call.body.stream_options.include_usage)
+
+
+@route("POST", "/anthropic/v1/messages", "/v1/messages", "/anthropic/v1/v1/messages", body=MessagesRequest)
+def messages(server: Server, call: Call) -> Answer:
+    """Anthropic's messages."""
+    return compat(server, call, Anthropic)
+
+
+def compat(server: Server, call: Call, kind: Type[Renderer], include_usage: bool = False) -> Answer:
+    """A chat request of either API: the same run, shown by `kind`."""
+    request = call.body
+    asked = request.to_prompt(server.config)
+    started = server.start(asked, call.gone)
+    renderer = kind(Asked(request.model, len(asked.prompt) + len(asked.system_prompt or ""), include_usage,
+                          call.request_id))
+    ignored = [*request.ignored(), *started.ignored]
+    headers = {"X-Clinvk-Backend": asked.backend, **({"X-Clinvk-Ignored": ", ".join(ignored)} if ignored else {})}
+    events = cut_at(request.stops, started.events) if request.stops else started.events
+    if request.stream:
+        return streamed(events, renderer, headers, until=(Message, Thinking, ToolUse, Progress, Done))
+    return collected(events, renderer, headers, fails=True)
+
+
+def streamed(events: Events, renderer: Renderer, headers: Mapping[str, str], until: Any) -> Answer:
+    """Answer as it comes. Nothing is sent before the first event of `until`, so that a run which fails at once is an
+    HTTP error here, too."""
+    begun: List[Event] = []
+    with closed_on_error(events):
+        for event in events:
+            begun.append(event)
+            if isinstance(event, until):
+                break
+            if isinstance(event, Failure):
+                raise event.error
+    body = renderer.stream(itertools.chain(begun, events))
+    stream_headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return Answer(body, content_type=renderer.stream_type, headers={**headers, **stream_headers},
+                  close=events.close)
+
+
+def collected(events: Events, renderer: Renderer, headers: Mapping[str, str], *, fails: bool = False) -> Answer:
+    """Answer in one piece; with `fails`, a failed run is an HTTP error."""
+    with closed_on_error(events):
+        result = collect(events)
+        if fails and result.failure:
+            raise result.failure.error
+        return Answer(renderer.whole(result), headers=headers, close=events.close)
+
+
+@contextlib.contextmanager
+def closed_on_error(events: Events) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        events.close()
+        raise
+
+
+@route("GET", "/api/v1/backends")
+def backends(server: Server, call: Call) -> Answer:
+    """Every configured backend, and whether it can run."""
+    rows = []
+    for name in server.config.names():
+        program, settings = server.program(name), server.config.backends[name]
+        rows.append({"name": name, "available": program is not None, "enabled": settings.enabled,
+                     "version": server.versions.get(name, ""), "path": (program or [""])[0] if program else "",
+                     "default_model": settings.model, "streams": kind_of(name).streams})
+    return json_answer({"backends": rows})
+
+
+@route("GET", "/health")
+def health(server: Server, call: Call) -> Answer:
+    """Whether the server can do its work."""
+    names = [n for n in server.config.names() if server.config.backends[n].enabled]
+    available = {name: server.program(name) is not None for name in names}
+    seconds = time.time() - server.began
+    slots = server.slots
+    return json_answer({
+        "status": "ok" if all(available.values()) else "degraded", "version": __version__, "uptime": spoken(seconds),
+        "uptime_ms": round(1000 * seconds), "backends": [{"name": n, "available": a} for n, a in available.items()],
+        "runs": {"active": slots.active, "waiting": len(slots.waiting), "limit": slots.limit}})
+
+
+def spoken(seconds: float) -> str:
+    """151 -> `2m31s`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + f"{rest}s"
+
+
+def model_names(server: Server) -> List[str]:
+    """What a client can choose from: each backend that can run, its aliases and its default model."""
+    names: List[str] = []
+    for name in server.runnable():
+        settings = server.config.backends[name]
+        aliases = [f"{name}/{alias}" for alias in ("fast", "balanced", "best") if getattr(settings.models, alias)]
+        names += [name, *aliases, *([f"{name}/{settings.model}"] if settings.model else [])]
+    return names
+
+
+def known_model(server: Server, name: str) -> str:
+    """`name` itself. Raises UnknownModel unless a backend that can run goes by it."""
+    backend, _ = backend_of(name, server.config)
+    server.backend(backend)
+    return name
+
+
+def openai_model(server: Server, name: str) -> Json:
+    return {"id": name, "object": "model", "created": int(server.began), "owned_by": "clinvk"}
+
+
+def anthropic_model(server: Server, name: str) -> Json:
+    return {"type": "model", "id": name, "display_name": name, "created_at": utc(server.began)}
+
+
+@route("GET", "/openai/v1/models")
+def openai_models(server: Server, call: Call) -> Answer:
+    """OpenAI's list of models."""
+    return json_answer({"object": "list", "data": [openai_model(server, name) for name in model_names(server)]})
+
+
+@route("GET", "/openai/v1/models/<name:path>")
+def openai_model_by_id(server: Server, call: Call) -> Answer:
+    """One model of OpenAI's list, or any other name that a backend takes."""
+    return json_answer(openai_model(server, known_model(server, call.name)))
+
+
+@route("GET", "/anthropic/v1/models", "/anthropic/v1/v1/models")
+def anthropic_models(server: Server, call: Call) -> Answer:
+    """Anthropic's list of models, in one page."""
+    rows = [anthropic_model(server, name) for name in model_names(server)]
+    ends = {"first_id": rows[0]["id"], "last_id": rows[-1]["id"]} if rows else {"first_id": None, "last_id": None}
+    return json_answer({"data": rows, "has_more": False, **ends})
+
+
+@route("GET", "/anthropic/v1/models/<name:path>", "/anthropic/v1/v1/models/<name:path>")
+def anthropic_model_by_id(server: Server, call: Call) -> Answer:
+    """One model of Anthropic's list, or any other name that a backend takes."""
+    return json_answer(anthropic_model(server, known_model(server, call.name)))
+
+
+@route("POST", "/anthropic/v1/messages/count_tokens", "/v1/messages/count_tokens",
+       "/anthropic/v1/v1/messages/count_tokens", body=CountRequest)
+def count_tokens(server: Server, call: Call) -> Answer:
+    """An estimate, and the answer says so: no CLI counts tokens without a run."""
+    request = call.body
+    backend_of(request.model, server.config)
+    texts = [request.system, *(m.content for m in request.messages), *request.tools]
+    characters = sum(len(t) if isinstance(t, str) else len(json.dumps(t, default=vars)) for t in texts if t)
+    return json_answer({"input_tokens": max(1, estimate(characters))}, X_Clinvk_Estimate="true")
+
+
+@route("GET", "/", "/anthropic", "/openai/v1")
+def root(server: Server, call: Call) -> Answer:
+    """The version and the ways in."""
+    return json_answer({"name": "clinvk", "version": __version__, **ways_in()})
+
+
+def ways_in() -> Dict[str, List[str]]:
+    """The paths that people are told of, by kind; those of a later version are not among them."""
+    there = {pattern for r in ROUTES for pattern in r.patterns}
+    shown = {"Custom API": ("/api/v1/prompt", "/api/v1/parallel", "/api/v1/chain", "/api/v1/compare"),
+             "OpenAI": ("/openai/v1/models", "/openai/v1/chat/completions"), "Anthropic": ("/anthropic/v1/messages",),
+             "Docs": ("/openapi.json",), "Health": ("/health",)}
+    return {kind: [p for p in paths if p in there] for kind, paths in shown.items() if set(paths) & there}
+
+
+# ==== HTTP ========================================================================================
+# In: WSGI. Out: WSGI. Every request takes this way: guards, route, body, endpoint, and errors in its API's shape.
+
+def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[bytes]]:
+    """The WSGI application."""
+    router = bottle.Router()
+    for entry in ROUTES:
+        for pattern in entry.patterns:
+            router.add(pattern, entry.method, entry)
+
+    def app(environ: Json, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        began, request = time.monotonic(), bottle.BaseRequest(environ)
+        request_id = request_id_of(request.get_header("X-Request-Id"))
+        answer = told(server, router, request, request_id)
+        answer.headers.update({"X-Request-Id": request_id, "request-id": request_id})
+        start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", list(answer.headers.items()))
+        if request.method == "HEAD":
+            answer.body = []
+        return Sent(answer, lambda: log_request(request, answer, request_id, time.monotonic() - began))
+    return app
+
+
+class Sent:
+    """The body as waitress takes it: when it has been sent, or the client has gone, the answer is closed and logged."""
+
+    def __init__(self, answer: Answer, log: Callable[[], None]) -> None:
+        self.answer, self.log = answer, log
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.answer.body)
+
+    def close(self) -> None:
+        try:
+            self.answer.close()
+        finally:
+            self.log()
+
+
+def request_id_of(sent: Optional[str]) -> str:
+    """The client's own, if it is one, else a new one."""
+    return sent if sent and re.fullmatch(r"[A-Za-z0-9._-]{1,128}", sent) else uuid.uuid4().hex
+
+
+def told(server: Server, router: bottle.Router, request: bottle.BaseRequest, request_id: str) -> Answer:
+    """The endpoint's answer, or the error that kept it from answering, in the shape of the API that was called."""
+    path = plain_path(request.environ.get("PATH_INFO") or "/")
+    anthropic = bool(request.get_header("anthropic-version"))
+    try:
+        return answered(server, router, request, path, request_id, anthropic)
+    except ClinvkError as error:
+        known = error
+    except Exception:
+        LOG.error("request %s: a defect of clinvk\n%s", request_id, traceback.format_exc())
+        known = ClinvkError(f"clinvk has a defect; its log tells more under the request id {request_id}")
+    renderer = renderer_of(path, anthropic)
+    status, content_type, body = renderer.error(known, request_id)
+    return Answer([to_json(body)], status, content_type, renderer.error_headers(known))
+
+
+def answered(server: Server, router: bottle.Router, request: bottle.BaseRequest, path: str, request_id: str,
+             anthropic: bool) -> Answer:
+    for guard in GUARDS:
+        guard(server.config, Head(request.method, path, request.headers))
+    prefix = "/anthropic" if anthropic else "/openai"
+    models = path == "/v1/models" or path.startswith("/v1/models/")
+    entry, name = matched(router, request.method, prefix + path if models or path == "/v1/responses" else path)
+    gone = request.environ.get("waitress.client_disconnected", lambda: False)
+    body = check(entry.body, read_json(request, server.config), entry.where) if entry.body else None
+    return entry.function(server, Call(body, request_id, gone, request.query, name))
+
+
+def plain_path(path: str) -> str:
+    """As people meant it: UTF-8, no doubled slash, none at the end."""
+    text = path.encode("latin-1").decode("utf-8", "replace")
+    return re.sub("/+", "/", text).rstrip("/") or "/"
+
+
+def matched(router: bottle.Router, method: str, path: str) -> Tuple[Route, str]:
+    """The route of a path, and the part of the path that it leaves open."""
+    try:
+        entry, parts = router.match({"REQUEST_METHOD": method, "PATH_INFO": path})
+    except bottle.HTTPError as error:
+        if error.status_code == 405:
+            allow = error.headers["Allow"]
+            raise MethodNotAllowed(f"{path} takes {allow}, not {method}", allow) from None
+        paths = [pattern for r in ROUTES for pattern in r.patterns]
+        raise NotFound(f"there is no {path}{nearest(path, paths)}") from None
+    return entry, parts.get("name", "")
+
+
+def renderer_of(path: str, anthropic: bool) -> Type[Renderer]:
+    """Whose shape an error on this path takes."""
+    if path.startswith(("/anthropic", "/v1/messages")) or anthropic and path.startswith("/v1/"):
+        return Anthropic
+    return OpenAI if path.startswith(("/openai", "/v1/")) else Native
+
+
+def read_json(request: bottle.BaseRequest, config: Config) -> Any:
+    """The body as JSON. Raises BadRequest unless it is UTF-8, proper JSON, and made of whole characters."""
+    raw = request.environ["wsgi.input"].read()
+    if 0 < config.server.max_request_body_bytes < len(raw):
+        raise TooLarge(too_large(config.server.max_request_body_bytes))
+    try:
+        value = json.loads(raw.decode("utf-8"), parse_constant=refuse_constant)
+        if b"\\ud" in raw or b"\\uD" in raw:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body must be UTF-8, and is not at byte {error.start}") from None
+    except UnicodeEncodeError:
+        raise BadRequest("the body has half of a surrogate pair (a \\uD800 to \\uDFFF by itself), "
+                         "which is no character; send whole characters") from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deep") from None
+    except ValueError as error:
+        raise BadRequest(f"the body must be JSON: {error}") from None
+    return value
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def too_large(limit: int) -> str:
+    return f"the body is larger than {limit} bytes; send less, or raise server.max_request_body_bytes"
+
+
+def log_request(request: bottle.BaseRequest, answer: Answer, request_id: str, seconds: float) -> None:
+    """One line; never a prompt, an answer or a key."""
+    LOG.info("%s %s %s %d %.0f ms %s", request.remote_addr or "-", request.method,
+             plain_path(request.environ.get("PATH_INFO") or "/").encode("unicode_escape").decode(), answer.status,
+             1000 * seconds, request_id)
+
+
+class RefusedByWaitress(waitress.task.ErrorTask):
+    """What waitress refuses by itself, malformed and oversized requests, said in the API's own shape."""
+
+    def execute(self) -> None:
+        fault, path = self.request.error, plain_path(getattr(self.request, "path", "") or "/")
+        error: ClinvkError = BadRequest(f"{fault.reason}: {fault.body}")
+        if fault.code == 413:
+            error = TooLarge(too_large(self.channel.adj.max_request_body_size))
+        elif fault.code >= 500:
+            error = ClinvkError("clinvk could not answer; its log tells more")
+        request_id = uuid.uuid4().hex
+        status, content_type, body = renderer_of(path, "ANTHROPIC_VERSION" in self.request.headers).error(
+            error, request_id)
+        self.status = f"{status} {http.HTTPStatus(status).phrase}"
+        data = to_json(body)
+        self.response_headers += [("Content-Type", content_type), ("X-Request-Id", request_id),
+                                  ("Content-Length", str(len(data)))]
+        self.set_close_on_finish()
+        self.content_length = len(data)
+        self.write(data)
+
+
+class Channel(waitress.channel.HTTPChannel):
+    error_task_class = RefusedByWaitress
+
+
+def listen(server: Server) -> Any:
+    """A waitress server, bound and not yet running. Raises OSError if the address can not be had."""
+    settings = server.config.server
+    limit = settings.max_request_body_bytes or sys.maxsize
+    # A thread is held for a request's whole life; waiting and running ones must leave room for the rest.
+    threads = settings.max_concurrent_runs + settings.max_waiting_runs + 16
+    waitress.server.TcpWSGIServer.channel_class = Channel
+    return waitress.server.create_server(
+        make_app(server), host=settings.host, port=settings.port, threads=threads, ident="clinvk",
+        channel_request_lookahead=1, connection_limit=1000, asyncore_use_poll=True, max_request_body_size=limit,
+        channel_timeout=round(settings.idle_timeout_secs), clear_untrusted_proxy_headers=True)
+
+
+# ==== Command line ================================================================================
+# In: argv. Out: an exit code.
+
+HELP = """\
+clinvk puts the AI CLIs of this machine (claude, codex, gemini) behind a local HTTP server
+in three API styles: its own, OpenAI's and Anthropic's.
+
+examples:
+  clinvk.pyz serve                        start the server on http://127.0.0.1:8080
+  clinvk.pyz serve --port 9000            on another port
+  clinvk.pyz serve --config my.yaml       with settings from a file (see config.example.yaml)
+  clinvk.pyz version                      what is inside
+
+  curl http://127.0.0.1:8080/api/v1/prompt -H 'Content-Type: application/json' \\
+       -d '{"backend": "echo", "prompt": "hello"}'
+"""
+
+
+def main(argv: List[str]) -> int:
+    """The exit code of a command line (without the program's name)."""
+    parser = argparse.ArgumentParser(prog="clinvk.pyz", description=HELP, usage="clinvk.pyz [--help] COMMAND ...",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="store_true", help="what `version` prints")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    serving = commands.add_parser("serve", help="start the server", usage="clinvk.pyz serve [options]")
+    serving.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    serving.add_argument("-p", "--port", type=int, help="port to listen on (default 8080; 0: any free one)")
+    serving.add_argument("--config", metavar="FILE", help="settings (default ~/.clinvk/config.yaml)")
+    commands.add_parser("version", help="print the versions of clinvk, Python and what is inside")
+    options = parser.parse_args(argv)
+    if options.command == "serve":
+        return serve(options)
+    if options.command == "version" or options.version:
+        return version()
+    parser.print_help()
+    return 0
+
+
+def version() -> int:
+    parts = ", ".join(f"{name} {metadata.version(name)}" for name in ("bottle", "waitress", "PyYAML"))
+    print(f"clinvk {__version__} (Python {platform.python_version()}; {parts})")
+    return 0
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Listen until SIGINT or SIGTERM. 0 after a clean shutdown, 1 with one line on stderr if it can not start."""
+    flags = {f"server.{name}": value for name, value in (("host", options.host), ("port", options.port))
+             if value is not None}
+    set_up_logging()
+    try:
+        config = load_config(options.config, os.environ, flags)
+        server = Server(config)
+        server.empty_directory()
+        listening = listen(server)
+    except ConfigError as error:
+        return refused(str(error))
+    except PermissionError as error:
+        return refused(f"{error.filename or config.server.host}: {error.strerror}. "
+                       "Choose another port with --port, or another directory with CLINVK_HOME")
+    except (OSError, ValueError) as error:
+        return refused(f"can not listen on {config.server.host}:{config.server.port}: "
+                       f"{getattr(error, 'strerror', None) or error}. Choose another with --host or --port")
+    announce(config, listening)
+    threading.Thread(target=server.look_up_versions, name="versions", daemon=True).start()
+    run_until_signalled(server, listening)
+    return 0
+
+
+def set_up_logging() -> None:
+    """Everything that is logged goes to stderr, with the time in front."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("waitress").setLevel(logging.ERROR)  # that its queue has some depth is no news
+
+
+def refused(message: str) -> int:
+    print("clinvk: " + " ".join(message.split()), file=sys.stderr)
+    return 1
+
+
+def announce(config: Config, listening: Any) -> None:
+    host = listening.effective_host
+    shown = f"[{host}]" if ":" in host else host
+    print(f"clinvk API server starting on http://{shown}:{listening.effective_port}\n\nAvailable endpoints:")
+    for kind, paths in ways_in().items():
+        print(f"  {kind + ':':<15} {', '.join(paths)}")
+    print("\nPress Ctrl+C to stop", flush=True)
+    if host not in ("127.0.0.1", "::1") and not config.keys:
+        print(f"clinvk: warning: {host} can be reached from other machines, and there are no API keys: whoever reaches "
+              "it could run your CLIs. Other machines get 403 until server.allowed_hosts or CLINVK_API_KEYS is set.",
+              file=sys.stderr, flush=True)
+
+
+def run_until_signalled(server: Server, listening: Any) -> None:
+    """Serve; on SIGINT or SIGTERM take no more requests, end the runs, and return."""
+    def stop(number: int, frame: Any) -> None:
+        server.closing.set()
+        raise SystemExit(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        listening.run()  # returns on SystemExit, once its threads have ended
+    finally:
+        listening.close()
+        server.close()
