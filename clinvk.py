@@ -998,6 +998,11 @@ class Usage:
         return max(0, self.input_tokens - beside)
 
 
+def estimate(characters: int) -> int:
+    """Tokens of a text whose count nobody told us: 4 characters a token."""
+    return (characters + 3) // 4
+
+
 @dataclass(frozen=True)
 class Event:
     """One step of a run."""
@@ -1269,7 +1274,8 @@ class Backend:
 
 def quiet(stderr: str, noise: str) -> str:
     """What a CLI wrote to stderr, less the lines that it always writes."""
-    lines = [line for line in stderr.splitlines() if line.strip() and not (noise and re.search(noise, line))]
+    lines = [line for line in re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", stderr).splitlines()
+             if line.strip() and not (noise and re.search(noise, line))]
     return "\n".join(lines)[-4000:]
 
 
@@ -1851,7 +1857,8 @@ class Codex(JsonRpc):
         kind, status = error.get("codexErrorInfo"), codex_status(error)
         text = str(error.get("message") or "it did not say why")
         if status in (401, 403) or kind == "unauthorized" or text.startswith("Missing environment variable"):
-            return BackendAuth(f"codex is not logged in, or its provider refuses the login ({text}). Run `codex login`")
+            reason = f"its provider says {status}" if status else text
+            return BackendAuth(f"codex is not logged in ({reason}). Run `codex login`")
         if status == 429 or kind in ("usageLimitExceeded", "rateLimitExceeded"):
             return rate_limited(f"codex: {text}", self.resets_at - time.time() if self.resets_at else None)
         if kind == "modelNotFound":
@@ -1953,10 +1960,9 @@ class Gemini(JsonRpc):
         self.session = ""
         self.prompted = False  # nothing that comes before is part of the answer
         self.opens = True
-        self.streamed = False  # whether answer text has come
+        self.characters = 0  # of answer text that have come
         self.tools: Dict[str, str] = {}  # id -> name
         self.scratch: Optional[Path] = None
-        self.retries_seen = 0
 
     def refuses(self, request: Settled) -> str:
         found = self.COMMANDS.match(self.whole_prompt(request))
@@ -2068,7 +2074,8 @@ class Gemini(JsonRpc):
         kind = update["sessionUpdate"]
         if kind == "agent_message_chunk" and update["content"].get("text"):
             yield Message(update["content"]["text"], opens=self.opens)
-            self.opens, self.streamed = False, True
+            self.opens = False
+            self.characters += len(update["content"]["text"])
         elif kind == "agent_thought_chunk":
             yield Thinking(update["content"]["text"])
         elif kind in ("tool_call", "tool_call_update"):
@@ -2097,11 +2104,14 @@ class Gemini(JsonRpc):
         return {"result": {"outcome": outcome}}
 
     def turn_ended(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
-        """`end_turn` without any model's usage is no success: the provider's stream broke, or a filter cut it."""
+        """`end_turn` without any model's usage is no success: the provider's stream broke, or a filter cut it, or (if
+        about as much has come) max_tokens did."""
         assert self.request
         quota = (reply.get("_meta") or {}).get("quota") or {}
         counts, reason = quota.get("token_count") or {}, reply.get("stopReason")
-        cut = reason == "max_tokens" or bool(not quota.get("model_usage") and self.request.max_tokens and self.streamed)
+        limit = 0 if "max_tokens" in self.ignored(self.request) else self.request.max_tokens
+        ended_early = not quota.get("model_usage") and 0 < limit <= 2 * estimate(self.characters)
+        cut = reason == "max_tokens" or ended_early
         if quota.get("model_usage"):
             yield TokenUsage(Usage(counts.get("input_tokens", 0), counts.get("output_tokens", 0)))
         failed = not cut and (reason != "end_turn" or not quota.get("model_usage"))
@@ -2125,15 +2135,12 @@ class Gemini(JsonRpc):
             raise self.logged_out("it asks for a login with Google")
 
     def look(self) -> Iterator[Event]:
-        """Retries are told in gemini's debug log only. One is fair; a second 429 means it."""
-        with contextlib.suppress(OSError):
+        """gemini tries again for minutes after a 429, and tells so in its debug log only."""
+        with contextlib.suppress(FileNotFoundError):
             log = (self.scratch or Path()).joinpath("debug.log").read_text(encoding="utf-8", errors="replace")
-            refusals = len(re.findall(r"Attempt \d+ failed with status 429", log))
-            if refusals > self.retries_seen:
-                self.retries_seen = refusals
-                yield Progress("retrying", "gemini's provider said 429; gemini tries again")
-            if refusals > 1:
+            if re.search(r"Attempt \d+ failed with status 429", log):
                 raise rate_limited("gemini's provider says 429, too many requests", None)
+        return iter(())
 
     def at_end(self, exit_code: int, stderr: str) -> Iterator[Event]:
         if exit_code == 41:
@@ -2773,11 +2780,6 @@ def marker() -> str:
     return f"text-{uuid.uuid4().hex}"
 
 
-def estimate(characters: int) -> int:
-    """Tokens of a text whose count nobody told us: 4 characters a token."""
-    return (characters + 3) // 4
-
-
 def length(pieces: Iterable[str]) -> int:
     return sum(map(len, pieces))
 
@@ -3196,15 +3198,15 @@ BLOCKED_PREFIXES = ("/etc", "/var/run", "/var/lock", "/root", "/sys", "/proc", "
                     "/sbin", "/boot", "/lib", "/lib64", "/usr/lib", "/usr/lib64")
 
 
-def allowed_workdir(asked: Optional[str], config: Config) -> str:
+def allowed_workdir(asked: Optional[str], config: Config, at: str) -> str:
     """The directory that a run starts in, symlinks resolved: what was asked for, else the server's own."""
     if asked is None:
         return os.getcwd()
     if not os.path.isabs(asked):
-        raise Invalid([Problem("workdir", "must be an absolute path", asked)])
+        raise Invalid([Problem(f"{at}.workdir", "must be an absolute path", asked)])
     resolved, home = os.path.realpath(asked), os.path.realpath(config.environ.get("HOME") or os.path.expanduser("~"))
     if not os.path.isdir(resolved):
-        raise Invalid([Problem("workdir", "must be an existing directory", asked)])
+        raise Invalid([Problem(f"{at}.workdir", "must be an existing directory", asked)])
     blocked = [p for p in BLOCKED_PREFIXES if p != "/root" or home != "/root"] + config.server.blocked_workdir_prefixes
     if any(within(resolved, prefix) for prefix in blocked):
         raise Forbidden(f"workdir: {asked} lies in a blocked directory; choose another one")
@@ -3283,23 +3285,24 @@ class Server:
                                      f"backends.{name}.command")
         return kind_of(name)(name, program, self.config, self.versions.get(name, ""))
 
-    def start(self, asked: PromptRequest, gone: Callable[[], bool], where: str = "") -> Started:
+    def start(self, asked: PromptRequest, gone: Callable[[], bool], *, at: str, prompt_at: str) -> Started:
         """Check what only the server can check, and hand back the run; nothing runs before its first event is asked
-        for. Raises Invalid, Forbidden and BackendUnavailable. `where` is the place of the fields in the body."""
+        for. Raises Invalid, Forbidden and BackendUnavailable. `at` and `prompt_at` are the places of the fields, and of
+        the prompt, in the body."""
         if asked.backend not in self.config.backends:
             names = self.config.names()
-            raise Invalid([Problem(f"{where}backend", "must be one of " + ", ".join(names)
+            raise Invalid([Problem(f"{at}.backend", "must be one of " + ", ".join(names)
                                    + nearest(asked.backend, names), asked.backend)])
         if asked.session_id is not None:
-            raise not_yet(f"{where}session_id", "sessions")
+            raise not_yet(f"{at}.session_id", "sessions")
         backend = self.backend(asked.backend)
         own_flags = dict.fromkeys(self.config.backends[asked.backend].allowed_extra_flags, True)
         check_flags(asked.extra, {**backend.extra_flags, **own_flags}, asked.backend)
-        workdir = self.empty_directory() if asked.isolated else allowed_workdir(asked.workdir, self.config)
+        workdir = self.empty_directory() if asked.isolated else allowed_workdir(asked.workdir, self.config, at)
         request = settled(asked, self.config, workdir)
         fault = backend.refuses(request)
         if fault:
-            raise Invalid([Problem(f"{where}prompt", fault)])
+            raise Invalid([Problem(prompt_at, fault)])
         stop = Stop(request.timeout_secs, gone, self.closing)
         events = planned(request, backend) if request.dry_run else \
             run(request, backend, self.children, self.slots, stop)
@@ -3382,7 +3385,7 @@ def json_answer(value: Any, **headers: str) -> Answer:
 @route("POST", "/api/v1/prompt", body=PromptRequest, where="body")
 def prompt(server: Server, call: Call) -> Answer:
     """Run one prompt on one backend."""
-    started = server.start(call.body, call.gone, "body.")
+    started = server.start(call.body, call.gone, at="body", prompt_at="body.prompt")
     asked = Asked(started.request.model, len(started.request.prompt), request_id=call.request_id)
     renderer = Native(asked, started.request.backend, [*started.ignored, *(["metadata"] if call.body.metadata else [])])
     if started.request.streams:
@@ -3406,25 +3409,25 @@ def compat(server: Server, call: Call, kind: Type[Renderer], include_usage: bool
     """A chat request of either API: the same run, shown by `kind`."""
     request = call.body
     asked = request.to_prompt(server.config)
-    started = server.start(asked, call.gone)
+    started = server.start(asked, call.gone, at="clinvk", prompt_at="messages")
     renderer = kind(Asked(request.model, len(asked.prompt) + len(asked.system_prompt or ""), include_usage,
                           call.request_id))
     ignored = [*request.ignored(), *started.ignored]
     headers = {"X-Clinvk-Backend": asked.backend, **({"X-Clinvk-Ignored": ", ".join(ignored)} if ignored else {})}
     events = cut_at(request.stops, started.events) if request.stops else started.events
     if request.stream:
-        return streamed(events, renderer, headers, until=(Message, Thinking, ToolUse, Progress, Done))
+        return streamed(events, renderer, headers, until=(Message, Thinking, ToolUse, Done))
     return collected(events, renderer, headers, fails=True)
 
 
 def streamed(events: Events, renderer: Renderer, headers: Mapping[str, str], until: Any) -> Answer:
-    """Answer as it comes. Nothing is sent before the first event of `until`, so that a run which fails at once is an
-    HTTP error here, too."""
-    begun: List[Event] = []
+    """Answer as it comes. Nothing is sent before the first event of `until`, or SILENCE, so that a run which fails at
+    once is an HTTP error here, too."""
+    begun, patience_ends = [], time.monotonic() + SILENCE
     with closed_on_error(events):
         for event in events:
             begun.append(event)
-            if isinstance(event, until):
+            if isinstance(event, until) or time.monotonic() > patience_ends:
                 break
             if isinstance(event, Failure):
                 raise event.error

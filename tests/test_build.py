@@ -1,7 +1,5 @@
 """build_zipapp.py and the clinvk.pyz that it makes, as processes. A build downloads the pinned wheels with pip."""
 
-import functools
-import glob
 import os
 import shutil
 import subprocess
@@ -12,29 +10,10 @@ from pathlib import Path
 from typing import Iterator, Optional
 
 import pytest
+from conftest import REPO, interpreter
 
-REPO = Path(__file__).resolve().parent.parent
 NEW_ENOUGH = ["3.9", "3.10", "3.11", "3.12", "3.13", "3.14"]
 PINNED = ["0.13.4", "3.0.2", "6.0.3"]  # bottle, waitress, PyYAML
-
-STAND_IN = b"""\
-import importlib.metadata
-import bottle, waitress, yaml
-
-def main(argv):
-    print(argv, *map(importlib.metadata.version, ["bottle", "waitress", "PyYAML"]))
-    return 0
-"""
-
-
-@functools.lru_cache(maxsize=None)
-def interpreter(version: str) -> str:
-    """The path of a Python of that version; skips the test if there is none."""
-    pyenv = os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv")
-    for path in [shutil.which(f"python{version}"), *glob.glob(f"{pyenv}/versions/{version}.*/bin/python{version}")]:
-        if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:  # a shim may lead nowhere
-            return path
-    pytest.skip(f"no Python {version} on this machine")
 
 
 def call(*command: object, **environ: str) -> "subprocess.CompletedProcess[str]":
@@ -48,21 +27,10 @@ def failure(done: "subprocess.CompletedProcess[str]") -> str:
 
 
 def project(folder: Path) -> Path:
-    """The build_zipapp.py of a new `folder`, with the repository's clinvk.py, or a stand-in until that has a `main`."""
+    """The build_zipapp.py of a new `folder`, beside the repository's clinvk.py."""
     folder.mkdir()
-    source = (REPO / "clinvk.py").read_bytes() if (REPO / "clinvk.py").exists() else b""
-    (folder / "clinvk.py").write_bytes(source if b"\ndef main(" in source else STAND_IN)
+    shutil.copy(REPO / "clinvk.py", folder)
     return Path(shutil.copy(REPO / "build_zipapp.py", folder))
-
-
-@pytest.fixture(scope="session")
-def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """clinvk.pyz, built by the Python that runs the tests."""
-    build = project(tmp_path_factory.mktemp("build") / "project")
-    done = call(sys.executable, build)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith(f"Built {build.with_name('clinvk.pyz')} (")
-    return build.with_name("clinvk.pyz")
 
 
 @pytest.fixture

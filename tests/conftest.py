@@ -1,0 +1,207 @@
+"""What the tests share: clinvk.pyz as a process, the application called as WSGI, and scripted CLIs."""
+
+import contextlib
+import functools
+import glob
+import http.client
+import io
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+import clinvk  # noqa: E402
+
+
+class Reply(NamedTuple):
+    """An HTTP answer: `headers` have lower-case names."""
+    status: int
+    headers: Dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def lines(self) -> List[Any]:
+        """Of an NDJSON stream."""
+        return [json.loads(line) for line in self.body.splitlines()]
+
+    @property
+    def data(self) -> List[Any]:
+        """The `data:` of each event of a text/event-stream; `[DONE]` as it is."""
+        found = [line[6:] for line in self.body.decode().splitlines() if line.startswith("data: ")]
+        return [text if text == "[DONE]" else json.loads(text) for text in found]
+
+
+@functools.lru_cache(maxsize=None)
+def interpreter(version: str) -> str:
+    """The path of a Python of that version; skips the test if there is none."""
+    pyenv = os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv")
+    for path in [shutil.which(f"python{version}"), *glob.glob(f"{pyenv}/versions/{version}.*/bin/python{version}")]:
+        if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:  # a shim may lead nowhere
+            return path
+    pytest.skip(f"no Python {version} on this machine")
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
+    """What `condition` gives once that is true; fails if it is not within `seconds`."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds} s: {condition}")
+
+
+# ---- The .pyz as a process
+
+@pytest.fixture(scope="session")
+def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """clinvk.pyz, built by the Python that runs the tests, in a folder of its own."""
+    target = tmp_path_factory.mktemp("pyz") / "clinvk.pyz"
+    done = subprocess.run([sys.executable, str(REPO / "build_zipapp.py"), str(target)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return target
+
+
+class Served:
+    """A running `clinvk.pyz serve`. `process.stdout` has been read up to the end of the start-up text, `banner`."""
+
+    def __init__(self, command: List[str], folder: Path, environ: Dict[str, str]) -> None:
+        self.stderr_file = folder / f"stderr-{time.monotonic_ns()}"
+        with self.stderr_file.open("wb") as stderr:
+            self.process = subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=stderr)
+        assert self.process.stdout
+        self.banner = ""
+        for line in iter(self.process.stdout.readline, b""):
+            self.banner += line.decode()
+            if line.startswith(b"Press Ctrl+C"):
+                break
+        assert "Press Ctrl+C" in self.banner, self.stderr
+        self.url = self.banner.split()[6]
+        self.host, _, port = self.url.rpartition("//")[2].rpartition(":")
+        self.port = int(port)
+
+    @property
+    def stderr(self) -> str:
+        return self.stderr_file.read_text()
+
+    def connection(self, timeout: float = 60) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(self.host.strip("[]"), self.port, timeout=timeout)
+
+    def call(self, method: str, path: str, body: Any = None, timeout: float = 60, **headers: str) -> Reply:
+        """`body` is sent as JSON, or as it is if it is bytes; `x_api_key=` sends X-Api-Key."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        given = {"Content-Type": "application/json"} if data is not None else {}
+        given.update({name.replace("_", "-"): value for name, value in headers.items()})
+        with contextlib.closing(self.connection(timeout)) as connection:
+            connection.request(method, path, data, given)
+            answer = connection.getresponse()
+            return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.process.terminate()
+        return self.process.wait(10)
+
+
+@pytest.fixture
+def serve(pyz: Path, tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """`serve(*flags, config={...}, python=..., **environ)` starts the .pyz on a free port, in an empty folder, with an
+    empty home; all that was started is stopped afterwards."""
+    started: List[Served] = []
+
+    def start(*flags: str, config: Optional[Dict[str, Any]] = None, python: str = sys.executable,
+              **environ: str) -> Served:
+        home = tmp_path / "home"
+        home.mkdir(exist_ok=True)
+        command = [python, str(pyz), "serve", *([] if "--port" in flags else ["--port", "0"]), *flags]
+        if config is not None:
+            (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+            command += ["--config", str(tmp_path / "config.yaml")]
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("CLINVK_")}
+        started.append(Served(command, tmp_path, {**inherited, "HOME": str(home), **environ}))
+        return started[-1]
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+
+
+# ---- The application, called as WSGI
+
+class Client:
+    """clinvk's WSGI application in this process, of its own for each test."""
+
+    def __init__(self, config: clinvk.Config) -> None:
+        self.server = clinvk.Server(config)
+        self.app = clinvk.make_app(self.server)
+
+    def call(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        """As `Served.call`; Host is localhost unless given."""
+        data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        path, _, query = path.partition("?")
+        environ: Dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path.encode().decode("latin-1"),
+                                   "QUERY_STRING": query, "wsgi.input": io.BytesIO(data), "HTTP_HOST": "localhost:8080",
+                                   "CONTENT_LENGTH": str(len(data)), "REMOTE_ADDR": "127.0.0.1"}
+        if body is not None:
+            environ["CONTENT_TYPE"] = "application/json"
+        for name, value in headers.items():
+            environ["CONTENT_TYPE" if name.lower() == "content_type" else "HTTP_" + name.upper()] = value
+        told: List[Any] = []
+        chunks = self.app(environ, lambda status, headers: told.extend((status, headers)))
+        try:
+            answer = b"".join(chunks)
+        finally:
+            chunks.close()  # type: ignore[attr-defined]
+        return Reply(int(told[0].split()[0]), {k.lower(): v for k, v in told[1]}, answer)
+
+
+@pytest.fixture
+def make_client(tmp_path: Path) -> Iterator[Callable[..., Client]]:
+    """`make_client(config={...}, **environ)`; the server behind it is closed afterwards."""
+    made: List[Client] = []
+
+    def make(config: Optional[Dict[str, Any]] = None, **environ: str) -> Client:
+        file = tmp_path / "client.yaml"
+        file.write_text(json.dumps(config or {}))
+        around = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "CLINVK_HOME": str(tmp_path / "clinvk"), **environ}
+        made.append(Client(clinvk.load_config(str(file), around, {})))
+        return made[-1]
+    yield make
+    for client in made:
+        client.server.close()
+
+
+@pytest.fixture
+def client(make_client: Callable[..., Client]) -> Client:
+    """An application with the default config."""
+    return make_client()
+
+
+# ---- Scripted CLIs
+
+@pytest.fixture
+def fake_cli(tmp_path: Path) -> Callable[..., str]:
+    """`fake_cli(script)` makes an executable of a Python script, the process of a scripted CLI, and gives its path.
+    What it needs is imported already: json, os, signal, subprocess, sys, time."""
+    def make(script: str, name: str = "fake") -> str:
+        path = tmp_path / name
+        path.write_text(f"#!{sys.executable}\nimport json, os, signal, subprocess, sys, time\n{script}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return str(path)
+    return make
