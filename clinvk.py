@@ -1123,8 +1123,7 @@ Events = Generator[Event, None, None]  # a run: closing it ends the run
 
 
 def collect(events: Iterator[Event]) -> Result:
-    """Run to the end. The iterator is left after its Done, unclosed: what a caller has to send need not wait
-    for the CLI to leave."""
+    """Run to the end; closing `events` is left to the caller."""
     result = Result()
     for event in events:
         result.add(event)
@@ -1286,8 +1285,7 @@ class Lines:
 
     An answer of 10 MB comes three times from claude: in deltas, whole, and in the result. `repeats` is asked about the
     head of a line that grows over LONG: if that only says again what is known, its long string is dropped unread."""
-    LONG = 1024 * 1024
-    STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+    LONG = 128 * 1024
     INSIDE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 
     def __init__(self, repeats: Callable[[bytes], bool]) -> None:
@@ -1318,10 +1316,12 @@ class Lines:
 
     def drop(self) -> None:
         """Empty the string in which the line so far ends, and drop the rest of it as it comes."""
-        closed = 0
-        for string in self.STRING.finditer(self.line):
-            closed = string.end()
-        opened = self.line.find(b'"', closed)
+        opened = self.line.find(b'"')
+        while opened >= 0:
+            closed = self.INSIDE.match(self.line, opened + 1).end()  # type: ignore[union-attr]  # matches anything
+            if self.line[closed:closed + 1] != b'"':
+                break
+            opened = self.line.find(b'"', closed + 1)
         if opened >= 0:
             inside = bytes(self.line[opened + 1:])
             del self.line[opened + 1:]
@@ -1543,6 +1543,7 @@ class Claude(JsonLines):
         usage = claude_usage(message)
         if usage:
             yield TokenUsage(usage)
+        self.spoken = Spoken()
         broken = message.get("stop_reason") is None and not message.get("modelUsage") and message.get("num_turns")
         failed = bool(message.get("is_error"))
         if failed:
@@ -1845,6 +1846,7 @@ class Codex(JsonRpc):
             raise self.turn_error(error)
 
     def turn_completed(self, turn: Json) -> Iterator[Event]:
+        self.spoken = Spoken()
         if self.usage:
             yield TokenUsage(self.usage)
         failed = turn["status"] != "completed"
@@ -3439,11 +3441,11 @@ def streamed(events: Events, renderer: Renderer, headers: Mapping[str, str], unt
 
 def collected(events: Events, renderer: Renderer, headers: Mapping[str, str], *, fails: bool = False) -> Answer:
     """Answer in one piece; with `fails`, a failed run is an HTTP error."""
-    with closed_on_error(events):
+    with contextlib.closing(events):
         result = collect(events)
-        if fails and result.failure:
-            raise result.failure.error
-        return Answer(renderer.whole(result), headers=headers, close=events.close)
+    if fails and result.failure:
+        raise result.failure.error
+    return Answer(renderer.whole(result), headers=headers)
 
 
 @contextlib.contextmanager
@@ -3733,6 +3735,7 @@ def listen(server: Server) -> Any:
     return waitress.server.create_server(
         make_app(server), host=settings.host, port=settings.port, threads=threads, ident="clinvk",
         channel_request_lookahead=1, connection_limit=1000, asyncore_use_poll=True, max_request_body_size=limit,
+        outbuf_high_watermark=2**20,  # waitress 3.0.2 keeps as much of what it has sent, too, per connection
         channel_timeout=round(settings.idle_timeout_secs), clear_untrusted_proxy_headers=True)
 
 
@@ -3798,9 +3801,17 @@ def serve(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         return refused(f"can not listen on {config.server.host}:{config.server.port}: "
                        f"{getattr(error, 'strerror', None) or error}. Choose another with --host or --port")
-    announce(config, listening)
-    threading.Thread(target=server.look_up_versions, name="versions", daemon=True).start()
-    run_until_signalled(server, listening)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, functools.partial(stop_serving, server))
+    try:
+        announce(config, listening)
+        threading.Thread(target=server.look_up_versions, name="versions", daemon=True).start()
+        listening.run()  # until SystemExit; it returns once its threads have ended, or after 5 s
+    except SystemExit:  # before it ran
+        pass
+    finally:
+        listening.close()
+        server.close()
     return 0
 
 
@@ -3816,9 +3827,10 @@ def refused(message: str) -> int:
 
 
 def announce(config: Config, listening: Any) -> None:
-    host = listening.effective_host
+    several = getattr(listening, "effective_listen", None)  # a name such as localhost may have two addresses
+    host, port = several[0] if several else (listening.effective_host, listening.effective_port)
     shown = f"[{host}]" if ":" in host else host
-    print(f"clinvk API server starting on http://{shown}:{listening.effective_port}\n\nAvailable endpoints:")
+    print(f"clinvk API server starting on http://{shown}:{port}\n\nAvailable endpoints:")
     for kind, paths in ways_in().items():
         print(f"  {kind + ':':<15} {', '.join(paths)}")
     print("\nPress Ctrl+C to stop", flush=True)
@@ -3828,15 +3840,8 @@ def announce(config: Config, listening: Any) -> None:
               file=sys.stderr, flush=True)
 
 
-def run_until_signalled(server: Server, listening: Any) -> None:
-    """Serve; on SIGINT or SIGTERM take no more requests, end the runs, and return."""
-    def stop(number: int, frame: Any) -> None:
+def stop_serving(server: Server, number: int, frame: Any) -> None:
+    """Signal handler. The runs learn of it at once; a second signal changes nothing."""
+    if not server.closing.is_set():
         server.closing.set()
         raise SystemExit(0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    try:
-        listening.run()  # returns on SystemExit, once its threads have ended
-    finally:
-        listening.close()
-        server.close()

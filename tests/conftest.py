@@ -91,7 +91,7 @@ class Served:
             if line.startswith(b"Press Ctrl+C"):
                 break
         assert "Press Ctrl+C" in self.banner, self.stderr
-        self.url = self.banner.split()[6]
+        self.url = self.banner.split()[5]
         self.host, _, port = self.url.rpartition("//")[2].rpartition(":")
         self.port = int(port)
 
