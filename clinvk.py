@@ -18,6 +18,7 @@ import http
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -96,6 +97,7 @@ class Invalid(BadRequest):
 class UnknownModel(ClinvkError):
     """No backend goes by that name, or its CLI says that it has no such model."""
     status, openai, anthropic = 404, ("invalid_request_error", "model_not_found"), "not_found_error"
+    native_status = 422
 
 
 class BackendAuth(ClinvkError):
@@ -290,6 +292,8 @@ class Checker:
         for name in value:
             if not isinstance(name, str):
                 self.wrong(at, f"{name!r} must be a string; put it in quotes")
+        if dataclasses.is_dataclass(kind):  # null means absent here, too
+            value = {name: {} if item is None else item for name, item in value.items()}
         return {name: self.value(kind, item, f"{at}.{name}", rules) for name, item in value.items()}
 
     def scalar(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
@@ -326,6 +330,8 @@ def text_fault(value: str, rules: Mapping[str, Any]) -> str:
 
 
 def number_fault(value: Any, rules: Mapping[str, Any]) -> str:
+    if not math.isfinite(value):
+        return "must be a finite number"
     if rules["minimum"] is not None and value < rules["minimum"]:
         return f"must be at least {rules['minimum']:g}"
     if rules["above"] is not None and not value > rules["above"]:
@@ -513,7 +519,7 @@ def read_yaml(file: Path) -> Json:
     except OSError as error:
         raise ConfigError(f"{file}: can not be read: {error.strerror}. Mend that, or name another file with --config"
                           ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: is not YAML: {' '.join(str(error).split())}") from None
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{file}: must be a mapping of keys to values, like config.example.yaml")
@@ -614,7 +620,9 @@ def settled(request: PromptRequest, config: Config, workdir: str) -> Settled:
     backend, flags = config.backends[request.backend], config.unified_flags
     model = request.model or backend.model
     if model in ("fast", "balanced", "best"):
-        model = getattr(backend.models, model) or backend.model
+        key, model = f"backends.{request.backend}.models.{model}", getattr(backend.models, model)
+        if not model:
+            raise UnknownModel(f"model: there is no such alias; set {key}")
 
     def first(*values: Any) -> Any:
         return next((value for value in values if value is not None), None)
@@ -2244,7 +2252,8 @@ def is_alive(pid: int) -> bool:
 # ---- Any other CLI, and none
 
 class Text(Backend):
-    """A CLI from config alone: it reads the prompt on stdin and prints the answer as text."""
+    """A CLI from config alone: it reads the prompt, a system prompt before it, on stdin and prints the answer as text."""
+    honours = frozenset({"system_prompt"})
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         super().__init__(name, program, config, cli_version)
@@ -2260,7 +2269,8 @@ class Text(Backend):
                        child_environ(self.config, self.name))
 
     def ask(self, request: Settled, mouth: Mouth) -> None:
-        mouth.say_bytes(request.prompt.encode())
+        parts = [part for part in (request.system_prompt, request.prompt) if part]
+        mouth.say_bytes(PARAGRAPH.join(parts).encode())
         mouth.end_of_input()
 
     def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
@@ -2303,8 +2313,8 @@ class Echo(InProcess):
 
     def answer(self, request: Settled) -> Iterator[Event]:
         yield Init("echo", "", request.workdir)
-        for number, word in enumerate(re.findall(r"\s*\S+\s*?(?=\s\S|$)|\s+", request.prompt)):
-            yield Message(word, opens=number == 0)
+        for word in re.finditer(r"\S+\s*|\s+", request.prompt):
+            yield Message(word.group(), opens=word.start() == 0)
         yield Done(0, turn_count=1)
 
 
@@ -2407,8 +2417,8 @@ class Child:
     """A started CLI: its pipes and its descendants. Between `start` and `leave` one thread at a time uses it."""
     STDERR_KEPT = 64 * 1024
 
-    def __init__(self, command: Command, *, max_output_bytes: int) -> None:
-        self.mark = uuid.uuid4().hex  # in the environment of all its descendants, wherever they have gone
+    def __init__(self, command: Command, *, server_mark: str, max_output_bytes: int) -> None:
+        self.mark = f"{server_mark}-{uuid.uuid4().hex}"  # in the environment of all its descendants, wherever they go
         self.command = command
         self.max_output_bytes = max_output_bytes
         self.unsent = bytearray()
@@ -2507,7 +2517,25 @@ class Child:
             shutil.rmtree(self.command.scratch, ignore_errors=True)
 
 
-MARK = "CLINVK_RUN"  # environment variable that names the run a process belongs to
+MARK = "CLINVK_RUN"  # environment variable that names the server and the run a process belongs to
+
+# sh: once stdin ends, every process with $1 in its environment gets SIGTERM, and after 1.5 s SIGKILL.
+HEIR = r"""
+read -r line
+marked() {
+    if [ -d /proc/self ]; then
+        for p in /proc/[0-9]*; do tr "\\0" "\\n" < $p/environ | grep -q "^$1" && echo ${p#/proc/}; done
+    else
+        ps -axEww -o pid=,command= | grep " $1" | grep -v clinvk-heir | awk '{print $1}'
+    fi
+}
+for signal in TERM TERM TERM KILL KILL; do
+    found=$(marked "$1")
+    [ -z "$found" ] && exit
+    kill -$signal $found
+    sleep 0.5
+done
+"""
 GRACE = 1.5  # seconds between SIGTERM and SIGKILL: with the time to notice, under 2 s in all
 PATIENCE = 2.0  # seconds for a CLI to store its conversation and go, once its answer is complete
 
@@ -2517,15 +2545,18 @@ class Children:
 
     def __init__(self, max_output_bytes: int) -> None:
         self.max_output_bytes = max_output_bytes
-        self.changed = threading.Condition()  # guards alive
+        self.mark = uuid.uuid4().hex
+        self.changed = threading.Condition()  # guards alive and heir
         self.alive: Set[Child] = set()
+        self.heir: Optional[subprocess.Popen[bytes]] = None
 
     def start(self, command: Command) -> Child:
         """Raises BackendUnavailable if the program can not be started."""
         if os.name != "posix":
             raise BackendUnavailable("running a CLI needs Linux or macOS; on this system only the echo backend works")
+        self.appoint_heir()
         try:
-            child = Child(command, max_output_bytes=self.max_output_bytes)
+            child = Child(command, server_mark=self.mark, max_output_bytes=self.max_output_bytes)
         except (OSError, ValueError) as error:
             if command.scratch:
                 shutil.rmtree(command.scratch, ignore_errors=True)
@@ -2533,6 +2564,22 @@ class Children:
         with self.changed:
             self.alive.add(child)
         return child
+
+    def appoint_heir(self) -> None:
+        """Before the first CLI: a shell that ends them all if this server is killed. It waits on a pipe that only the
+        server holds open; gemini, for one, ends neither at EOF nor at a broken pipe."""
+        with self.changed:
+            if self.heir is None:
+                self.heir = subprocess.Popen(["/bin/sh", "-c", HEIR, "clinvk-heir", f"{MARK}={self.mark}-"],
+                                             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                             stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
+                                             env={"PATH": os.defpath})
+
+    def dismiss_heir(self) -> None:
+        with self.changed:
+            if self.heir and self.heir.stdin:
+                self.heir.stdin.close()
+                self.heir.wait(5)
 
     def dismiss(self, child: Child, then: Callable[[], None], *, patience: float) -> None:
         """End `child` in a thread of its own, so that nobody's answer waits for it; call `then` when it has gone."""
@@ -3328,7 +3375,8 @@ class Server:
     def close(self, seconds: float = 4.0) -> None:
         """End every run and wait for its CLI to be gone."""
         self.closing.set()
-        self.children.wait_until_gone(seconds)
+        if self.children.wait_until_gone(seconds):
+            self.children.dismiss_heir()
 
 
 def planned(request: Settled, backend: Backend) -> Events:
@@ -3414,8 +3462,10 @@ def compat(server: Server, call: Call, kind: Type[Renderer], include_usage: bool
     started = server.start(asked, call.gone, at="clinvk", prompt_at="messages")
     renderer = kind(Asked(request.model, len(asked.prompt) + len(asked.system_prompt or ""), include_usage,
                           call.request_id))
-    ignored = [*request.ignored(), *started.ignored]
-    headers = {"X-Clinvk-Backend": asked.backend, **({"X-Clinvk-Ignored": ", ".join(ignored)} if ignored else {})}
+    ignored = [re.sub(r"[^A-Za-z0-9_.-]", "?", name) for name in (*request.ignored(), *started.ignored)]
+    headers = {"X-Clinvk-Backend": asked.backend}
+    if ignored:
+        headers["X-Clinvk-Ignored"] = ", ".join(ignored)[:4000]
     events = cut_at(request.stops, started.events) if request.stops else started.events
     if request.stream:
         return streamed(events, renderer, headers, until=(Message, Thinking, ToolUse, Done))
@@ -3734,7 +3784,8 @@ def listen(server: Server) -> Any:
     waitress.server.TcpWSGIServer.channel_class = Channel
     return waitress.server.create_server(
         make_app(server), host=settings.host, port=settings.port, threads=threads, ident="clinvk",
-        channel_request_lookahead=1, connection_limit=1000, asyncore_use_poll=True, max_request_body_size=limit,
+        channel_request_lookahead=1, connection_limit=1000, asyncore_use_poll=hasattr(select, "poll"),
+        max_request_body_size=limit,
         outbuf_high_watermark=2**20,  # waitress 3.0.2 keeps as much of what it has sent, too, per connection
         channel_timeout=round(settings.idle_timeout_secs), clear_untrusted_proxy_headers=True)
 
