@@ -2252,7 +2252,7 @@ def is_alive(pid: int) -> bool:
 # ---- Any other CLI, and none
 
 class Text(Backend):
-    """A CLI from config alone: it reads the prompt, a system prompt before it, on stdin and prints the answer as text."""
+    """A CLI from config alone: it reads the system prompt and the prompt on stdin, and prints the answer as text."""
     honours = frozenset({"system_prompt"})
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
@@ -3366,6 +3366,8 @@ class Server:
     def look_up_versions(self) -> None:
         """Ask each installed CLI for its version; a thread of its own calls this once."""
         for name in self.runnable():
+            while self.slots.active and not self.closing.wait(TICK):
+                pass  # a run must not be slowed by it
             asking = functools.partial(output_of, self.children, Stop(self.VERSION_SECS, closing=self.closing))
             try:
                 self.versions[name] = kind_of(name).version_of(name, self.program(name) or [], self.config, asking)
@@ -3843,22 +3845,28 @@ def serve(options: argparse.Namespace) -> int:
         config = load_config(options.config, os.environ, flags)
         server = Server(config)
         server.empty_directory()
-        listening = listen(server)
+        sweep(config)
     except ConfigError as error:
         return refused(str(error))
-    except PermissionError as error:
-        return refused(f"{error.filename or config.server.host}: {error.strerror}. "
-                       "Choose another port with --port, or another directory with CLINVK_HOME")
+    except OSError as error:
+        return refused(f"{error.filename}: {error.strerror}. Choose another directory with CLINVK_HOME")
+    try:
+        listening = listen(server)
     except (OSError, ValueError) as error:
         return refused(f"can not listen on {config.server.host}:{config.server.port}: "
                        f"{getattr(error, 'strerror', None) or error}. Choose another with --host or --port")
+    return run_server(server, listening)
+
+
+def run_server(server: Server, listening: Any) -> int:
+    """Announce it and answer requests until a signal comes; then end the runs, and wait for their CLIs to go."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, functools.partial(stop_serving, server))
     try:
-        announce(config, listening)
+        announce(server.config, listening)
         threading.Thread(target=server.look_up_versions, name="versions", daemon=True).start()
         listening.run()  # until SystemExit; it returns once its threads have ended, or after 5 s
-    except SystemExit:  # before it ran
+    except SystemExit:  # it came before that
         pass
     finally:
         listening.close()
