@@ -32,6 +32,7 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.parse
 import uuid
 from dataclasses import dataclass
 from importlib import metadata
@@ -73,6 +74,12 @@ class ClinvkError(Exception):
     prompted = False  # whether a CLI had already been given the prompt: then SDKs must not repeat the request
     retry_after: Optional[float] = None  # seconds
     problems: Sequence[Problem] = ()
+    details = ""  # what the CLI wrote about it
+
+    @property
+    def whole(self) -> str:
+        """The message, and the details."""
+        return "\n".join(part for part in (str(self), self.details) if part)
 
     @property
     def code(self) -> str:
@@ -300,7 +307,7 @@ class Checker:
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            value = float(value) if abs(value) < 2**1023 else math.inf
         if type(value) is not kind:
             return self.wrong(at, f"must be {ARTICLES[json_type(kind)]}", value)
         fault = text_fault(value, rules) if kind is str else number_fault(value, rules)
@@ -330,7 +337,7 @@ def text_fault(value: str, rules: Mapping[str, Any]) -> str:
 
 
 def number_fault(value: Any, rules: Mapping[str, Any]) -> str:
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     if rules["minimum"] is not None and value < rules["minimum"]:
         return f"must be at least {rules['minimum']:g}"
@@ -701,8 +708,10 @@ def as_prompt(turns: List[Turn]) -> str:
     return f"The conversation so far:\n\n{told}\n\n{closing}" if before else closing
 
 
-def element_text(pieces: List[Piece]) -> str:
-    return "\n".join(element(p.tag, p.attributes, escaped(p.text)) if p.tag else escaped(p.text) for p in pieces)
+def element_text(pieces: List[Piece], escape: Optional[Callable[[str], str]] = None) -> str:
+    """The pieces of a turn; `escape` is for pieces that are inside of another one, which is still to be escaped."""
+    escape = escape or escaped
+    return "\n".join(element(p.tag, p.attributes, escape(p.text)) if p.tag else escape(p.text) for p in pieces)
 
 
 def escaped(text: str) -> str:
@@ -791,7 +800,7 @@ class Compat(Open):
         backend, model = backend_of(self.model, config)
         own = dict(self.clinvk or {})
         for name in ("backend", "prompt", "model", "output_format"):
-            if name in own:
+            if own.pop(name, None) is not None:
                 raise Invalid([Problem(f"clinvk.{name}", "is taken from the request itself; leave it out")])
         isolated = own.get("workdir") is None and config.server.compat_mode == "model"
         prompt = as_prompt(turns)
@@ -879,10 +888,11 @@ class Block(Open):
         elif self.type == "tool_use":
             yield Piece(json.dumps(self.input, ensure_ascii=False), "tool_call", (("id", self.id), ("name", self.name)))
         elif self.type == "tool_result":
-            inner = "\n".join(p.text for p in content_pieces(self.content, f"{at}.content"))
+            inner = element_text(content_pieces(self.content, f"{at}.content"), escape=str)
             yield Piece(inner, "tool_result", (("id", self.tool_use_id), ("error", "true" if self.is_error else "")))
         elif self.type in ("document", "search_result"):
-            yield Piece(self.document_text(at), "document", (("title", self.title),))
+            source = self.source if isinstance(self.source, str) else ""
+            yield Piece(self.document_text(at), "document", (("title", self.title), ("source", source)))
         elif self.type == "image":
             raise not_yet(at, "images")
         elif self.type not in ("thinking", "redacted_thinking"):
@@ -1067,9 +1077,8 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class Failure(Event):
-    """The run has failed; a Done follows. `details` is what the CLI said about it."""
+    """The run has failed; a Done follows."""
     error: ClinvkError
-    details: str = ""
 
 
 @dataclass(frozen=True)
@@ -1180,13 +1189,22 @@ NOT_INHERITED = frozenset("""
 
 def child_environ(config: Config, name: str, **more: str) -> Dict[str, str]:
     """The server's environment, less clinvk's own, less what would make a CLI call us back; plus the backend's."""
-    own = {f"{host}:{config.server.port}" for host in ("localhost", "127.0.0.1", "[::1]", config.server.host)}
-
     def passes(variable: str, value: str) -> bool:
-        loops = variable.endswith("_BASE_URL") and value.partition("://")[2].partition("/")[0] in own
+        loops = variable.endswith("_BASE_URL") and is_own_url(value, config)
         return not (variable.startswith("CLINVK_") or variable in NOT_INHERITED or value in config.keys or loops)
     inherited = {variable: value for variable, value in config.environ.items() if passes(variable, value)}
     return {**inherited, **more, **config.backends[name].env}
+
+
+def is_own_url(url: str, config: Config) -> bool:
+    """Whether a URL points at this server: a CLI that took it for its provider would call us back, and so on."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return False
+    own = ("localhost", "127.0.0.1", "::1", "0.0.0.0", config.server.host.lower())
+    return parts.hostname in own and port == config.server.port
 
 
 def command_of(name: str, config: Config) -> List[str]:
@@ -1259,12 +1277,11 @@ class Backend:
 
     def at_end(self, exit_code: int, stderr: str) -> Iterator[Event]:
         """The last events of a CLI that has gone without a Done."""
-        reason = quiet(stderr, self.noise)
-        yield Failure(self.classified(reason) or BackendFailed(f"{self.name} ended with exit code {exit_code} before "
-                                                               "its answer was complete"), reason)
+        yield Failure(self.classified(stderr) or BackendFailed(f"{self.name} ended with exit code {exit_code} before "
+                                                               "its answer was complete"))
         yield Done(exit_code or 1)
 
-    def classified(self, reason: str) -> Optional[ClinvkError]:
+    def classified(self, stderr: str) -> Optional[ClinvkError]:
         """The error that a CLI's last words mean; None if they say nothing that we know."""
         return None
 
@@ -1357,7 +1374,7 @@ class JsonLines(Backend):
         for line in self.lines.feed(data):
             try:
                 message = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 LOG.warning("%s printed a line that is no JSON (%d bytes)", self.name, len(line))
                 self.not_json(line)
                 continue
@@ -1365,13 +1382,21 @@ class JsonLines(Backend):
                 yield from self.read_message(message, mouth)
 
     def read_message(self, message: Json, mouth: Mouth) -> Iterator[Event]:
-        """A line that a newer CLI has changed costs an event, never the answer."""
+        """A line that a newer CLI has changed costs an event, never the answer; unless nothing can follow it."""
         try:
             yield from self.parse_line(message, mouth)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:  # and no ClinvkError: that ends the run
-            kind = str(message.get("type") or message.get("method"))
-            LOG.warning("%s %s: a message of type %s is not understood (%s)", self.name, self.cli_version, kind[:80],
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            kind = str(message.get("type") or message.get("method"))[:80]
+            LOG.warning("%s %s: a message of type %s is not understood (%s)", self.name, self.cli_version, kind,
                         type(error).__name__)
+            if self.is_decisive(message):
+                yield Failure(BackendFailed(f"{self.name} {self.cli_version} says what clinvk {__version__} does not "
+                                            f"understand (in its message {kind}); is there a newer clinvk?"))
+                yield Done(1)
+
+    def is_decisive(self, message: Json) -> bool:
+        """Whether the run hangs on this message: nothing will follow it by itself."""
+        raise NotImplementedError
 
     def not_json(self, line: bytes) -> None:
         """A line that is part of no answer; a CLI that asks for a login there is ended by raising BackendAuth."""
@@ -1386,24 +1411,26 @@ class JsonLines(Backend):
 
 
 class Spoken:
-    """The answer text of a CLI that has gone out. When its provider's stream breaks, the CLI asks again and says all
-    of it once more: what has gone out is then compared, and not sent twice."""
+    """The answer text of a CLI that has gone out, so that nothing is sent twice: neither a text that comes in deltas
+    and then as a whole, nor one that the CLI says again because its provider's stream broke."""
 
     def __init__(self) -> None:
-        self.sent: List[str] = []  # of the present message
+        self.sent: List[str] = []  # of the present part: a block of claude's, an item of codex's
         self.again = ""  # what has gone out and is now to be said once more
         self.opens = True  # the next text begins a new message
 
-    def begins(self) -> None:
-        """A new message, unless the present one is being said again."""
+    def begins(self, *, message: bool) -> None:
+        """A new part, or a new message; unless the present one is being said again."""
         if not self.again:
-            self.sent, self.opens = [], True
+            self.sent = []
+            self.opens = self.opens or message
 
     def breaks(self) -> None:
+        """What has gone out of the present part will come once more."""
         self.again = "".join(self.sent)
 
     def says(self, text: str, *, is_partial: bool = True) -> Iterator[Event]:
-        """Raises BackendFailed if the repetition says something else: what has been sent can not be taken back."""
+        """Raises BackendFailed if a repetition says something else: what has been sent can not be taken back."""
         common = min(len(text), len(self.again))
         if text[:common] != self.again[:common]:
             raise BackendFailed("the provider's stream broke, and another answer then began; ask again")
@@ -1412,6 +1439,21 @@ class Spoken:
             self.sent.append(text)
             yield Message(text, is_partial, self.opens)
             self.opens = False
+
+    def ends(self, whole: str) -> Iterator[Event]:
+        """The present part as a whole: what of it has not gone out is said now. "" if it was dropped as known."""
+        if self.sent and not whole:
+            return
+        self.breaks()
+        yield from self.says(whole, is_partial=False)
+
+
+def usage_of(read: Callable[[Any], Optional[Usage]], counts: Any) -> Iterator[Event]:
+    """The counts that a CLI tells, if they are as `read` knows them: an answer does not hang on them."""
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        usage = read(counts)
+        if usage:
+            yield TokenUsage(usage)
 
 
 # ---- claude
@@ -1437,7 +1479,8 @@ class Claude(JsonLines):
         super().__init__(name, program, config, cli_version)
         self.grants = False  # whether tools that ask are allowed
         self.model = ""
-        self.message_id = ""  # of the message that is being streamed
+        self.message_id = ""
+        self.streaming = False  # inside of a message that comes in deltas
         self.spoken = Spoken()
         self.stop = "end"
         self.blamed = ""  # the kind of error that an <synthetic> message named
@@ -1478,8 +1521,15 @@ class Claude(JsonLines):
 
     def repeats(self, head: bytes) -> bool:
         """The whole message that has just been streamed, and the result (2.1.331 names its type at the end only)."""
-        whole = b'"type":"assistant"' in head and self.message_id.encode() in head
+        whole = b'"type":"assistant"' in head and self.message_id.encode() in head and b'[{"type":"text"' in head
         return bool(self.spoken.sent) and (whole or head.startswith((b'{"type":"result"', b'{"duration_api_ms"')))
+
+    def is_decisive(self, message: Json) -> bool:
+        return message.get("type") == "result"
+
+    def ignored(self, request: Settled) -> List[str]:
+        unknown_effort = ["reasoning_effort"] if request.effort and request.effort not in self.EFFORTS else []
+        return super().ignored(request) + unknown_effort
 
     def parse_line(self, message: Json, mouth: Mouth) -> Iterator[Event]:
         kind = message.get("type")
@@ -1503,8 +1553,12 @@ class Claude(JsonLines):
     def parse_delta(self, event: Json) -> Iterator[Event]:
         """One of the provider's own stream events."""
         if event["type"] == "message_start":
-            self.message_id = event["message"]["id"]
-            self.spoken.begins()
+            self.message_id, self.streaming = event["message"]["id"], True
+            self.spoken.begins(message=True)
+        elif event["type"] == "message_stop":
+            self.streaming = False
+        elif event["type"] == "content_block_start":
+            self.spoken.begins(message=False)
         elif event["type"] == "message_delta":
             self.stop = "length" if event["delta"].get("stop_reason") == "max_tokens" else "end"
         elif event["type"] == "content_block_delta":
@@ -1524,9 +1578,17 @@ class Claude(JsonLines):
             if block["type"] == "tool_use":
                 self.tools[block["id"]] = block["name"]
                 yield ToolUse(block["id"], block["name"], block["input"])
-            elif block["type"] == "text" and whole["id"] != self.message_id and not message.get("parent_tool_use_id"):
-                self.spoken.breaks()
-                yield from self.spoken.says(block["text"], is_partial=False)
+            elif block["type"] == "text" and not message.get("parent_tool_use_id"):
+                yield from self.whole_text(block["text"], whole["id"])
+
+    def whole_text(self, text: str, message_id: str) -> Iterator[Event]:
+        """A text block as a whole: of the streamed message, of one in its place since the stream broke, or its own."""
+        if message_id == self.message_id or self.spoken.again or self.streaming:
+            yield from self.spoken.ends(text)
+        else:
+            self.spoken.begins(message=True)
+            yield from self.spoken.says(text, is_partial=False)
+        self.message_id = message_id
 
     def parse_tool_results(self, content: Any) -> Iterator[Event]:
         for block in content if isinstance(content, list) else []:
@@ -1548,9 +1610,7 @@ class Claude(JsonLines):
 
     def parse_result(self, message: Json) -> Iterator[Event]:
         text = message.get("result") or "; ".join(message.get("errors") or []) or str(message.get("subtype"))
-        usage = claude_usage(message)
-        if usage:
-            yield TokenUsage(usage)
+        yield from usage_of(claude_usage, message)
         self.spoken = Spoken()
         broken = message.get("stop_reason") is None and not message.get("modelUsage") and message.get("num_turns")
         failed = bool(message.get("is_error"))
@@ -1572,8 +1632,8 @@ class Claude(JsonLines):
             return UnknownModel(f"claude: {text}")
         return BackendFailed(f"claude failed: {text}")
 
-    def classified(self, reason: str) -> Optional[ClinvkError]:
-        return BackendAuth(reason) if "Please run /login" in reason else None
+    def classified(self, stderr: str) -> Optional[ClinvkError]:
+        return self.error(401, "it asks for a login") if "Please run /login" in stderr else None
 
     def permission(self, message: Json) -> Json:
         """The answer to what claude asks of us: leave for a tool, as the approval mode says; all else is refused."""
@@ -1646,6 +1706,7 @@ class JsonRpc(JsonLines):
         if "method" in message and "id" in message:
             answer = self.asked(message["method"], message.get("params") or {})
             mouth.say({**self.version_field, "id": message["id"], **answer})
+            yield from self.shown(message["method"], message.get("params") or {})
         elif "method" in message:
             yield from self.told(message["method"], message.get("params") or {})
         elif message.get("id") in self.replies:
@@ -1659,6 +1720,14 @@ class JsonRpc(JsonLines):
     def asked(self, method: str, params: Json) -> Json:
         """The `result` or `error` for what the CLI asks of us."""
         return {"error": {"code": -32601, "message": "not supported by clinvk"}}
+
+    def shown(self, method: str, params: Json) -> Iterator[Event]:
+        """The events in what the CLI asks of us."""
+        return iter(())
+
+    def is_decisive(self, message: Json) -> bool:
+        """A reply: each call is a step on the way to the answer."""
+        return "method" not in message
 
     def told(self, method: str, params: Json) -> Iterator[Event]:
         """The events in a notification."""
@@ -1704,8 +1773,7 @@ class Codex(JsonRpc):
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         super().__init__(name, program, config, cli_version)
         self.spoken = Spoken()
-        self.item = ""  # the agentMessage whose deltas come
-        self.usage: Optional[Usage] = None
+        self.counts: Json = {}  # of tokens, in the thread
         self.resets_at: Optional[float] = None
         self.tools: Set[str] = set()  # items that have been shown as a ToolUse
 
@@ -1732,8 +1800,7 @@ class Codex(JsonRpc):
         """Bring clinvk's own CODEX_HOME up to date with the user's, which codex itself reads to us when it changed."""
         if not request.isolated:
             return
-        own, users = self.config.home / "codex", self.user_home()
-        own.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own, users = own_directory(self.config, "codex"), self.user_home()
         link(users / "auth.json", own / "auth.json")
         stamp = f"# from {file_stamp(users / 'config.toml')}, clinvk {__version__}, {shlex.join(self.program)}\n"
         target = own / "config.toml"
@@ -1809,9 +1876,11 @@ class Codex(JsonRpc):
         whole = b'"method":"item/completed"' in head and b'"type":"agentMessage"' in head
         return bool(self.spoken.sent) and (whole or b'"method":"turn/completed"' in head)
 
+    def is_decisive(self, message: Json) -> bool:
+        return super().is_decisive(message) or message["method"] == "turn/completed"
+
     def told(self, method: str, params: Json) -> Iterator[Event]:
         if method == "item/agentMessage/delta":
-            self.item = params["itemId"]
             yield from self.spoken.says(params["delta"])
         elif method == "item/reasoning/summaryTextDelta":
             yield Thinking(params["delta"])
@@ -1820,7 +1889,7 @@ class Codex(JsonRpc):
         elif method == "item/completed":
             yield from self.item_completed(params["item"])
         elif method == "thread/tokenUsage/updated":
-            self.usage = codex_usage(params["tokenUsage"]["total"])
+            self.counts = params["tokenUsage"]["total"]
         elif method == "account/rateLimits/updated":
             limit = params["rateLimits"].get("primary") or {}
             self.resets_at = limit.get("resetsAt") if limit.get("usedPercent", 0) >= 100 else None
@@ -1832,15 +1901,16 @@ class Codex(JsonRpc):
 
     def item_started(self, item: Json) -> Iterator[Event]:
         if item["type"] == "agentMessage":
-            self.spoken.begins()
+            self.spoken.begins(message=True)
         elif item["type"] in CODEX_TOOLS:
             self.tools.add(item["id"])
             called = {name: item[name] for name in CODEX_TOOLS[item["type"]] if name in item}
             yield ToolUse(item["id"], codex_tool_name(item), called)
 
     def item_completed(self, item: Json) -> Iterator[Event]:
-        if item["type"] == "agentMessage" and item["id"] != self.item:  # it came without deltas
-            yield from self.spoken.says(item["text"], is_partial=False)
+        if item["type"] == "agentMessage":
+            yield from self.spoken.ends(item["text"])
+            self.spoken.begins(message=True)  # of what is complete, nothing is said again
         elif item["type"] in CODEX_TOOLS:
             if item["id"] not in self.tools:
                 yield from self.item_started(item)
@@ -1855,8 +1925,7 @@ class Codex(JsonRpc):
 
     def turn_completed(self, turn: Json) -> Iterator[Event]:
         self.spoken = Spoken()
-        if self.usage:
-            yield TokenUsage(self.usage)
+        yield from usage_of(codex_usage, self.counts)
         failed = turn["status"] != "completed"
         if failed:
             yield Failure(self.turn_error(turn.get("error") or {"message": f"the turn was {turn['status']}"}))
@@ -1864,6 +1933,7 @@ class Codex(JsonRpc):
 
     def turn_error(self, error: Json) -> ClinvkError:
         """`additionalDetails` is left out: it holds the provider's address, and a part of the key."""
+        error = error if isinstance(error, dict) else {"message": str(error)}
         kind, status = error.get("codexErrorInfo"), codex_status(error)
         text = str(error.get("message") or "it did not say why")
         if status in (401, 403) or kind == "unauthorized" or text.startswith("Missing environment variable"):
@@ -1908,7 +1978,9 @@ def codex_status(error: Json) -> Optional[int]:
     return inner.get("httpStatusCode") if isinstance(inner, dict) else None
 
 
-def codex_usage(total: Json) -> Usage:
+def codex_usage(total: Json) -> Optional[Usage]:
+    if not total:
+        return None
     return Usage(total.get("inputTokens", 0), total.get("outputTokens", 0), total.get("cachedInputTokens", 0),
                  total.get("cacheWriteInputTokens", 0), total.get("reasoningOutputTokens", 0))
 
@@ -2113,17 +2185,21 @@ class Gemini(JsonRpc):
         outcome = {"outcome": "selected", "optionId": chosen[0]} if chosen else {"outcome": "cancelled"}
         return {"result": {"outcome": outcome}}
 
+    def shown(self, method: str, params: Json) -> Iterator[Event]:
+        """A call for which leave is asked is told of nowhere else, if it is refused."""
+        if method == "session/request_permission":
+            yield from self.tool(params["toolCall"])
+
     def turn_ended(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
         """`end_turn` without any model's usage is no success: the provider's stream broke, or a filter cut it, or (if
         about as much has come) max_tokens did."""
         assert self.request
-        quota = (reply.get("_meta") or {}).get("quota") or {}
-        counts, reason = quota.get("token_count") or {}, reply.get("stopReason")
+        meta, reason = reply.get("_meta"), reply.get("stopReason")
+        quota = (meta.get("quota") if isinstance(meta, dict) else None) or {}
         limit = 0 if "max_tokens" in self.ignored(self.request) else self.request.max_tokens
         ended_early = not quota.get("model_usage") and 0 < limit <= 2 * estimate(self.characters)
         cut = reason == "max_tokens" or ended_early
-        if quota.get("model_usage"):
-            yield TokenUsage(Usage(counts.get("input_tokens", 0), counts.get("output_tokens", 0)))
+        yield from usage_of(gemini_usage, quota.get("token_count"))
         failed = not cut and (reason != "end_turn" or not quota.get("model_usage"))
         if failed:
             yield Failure(BackendFailed("gemini ended the turn without a whole answer: the provider's stream broke, or "
@@ -2154,7 +2230,7 @@ class Gemini(JsonRpc):
 
     def at_end(self, exit_code: int, stderr: str) -> Iterator[Event]:
         if exit_code == 41:
-            yield Failure(self.logged_out("it could not authenticate"), quiet(stderr, self.noise))
+            yield Failure(self.logged_out("it could not authenticate"))
             yield Done(exit_code)
         else:
             yield from super().at_end(exit_code, stderr)
@@ -2164,6 +2240,11 @@ class Gemini(JsonRpc):
         if self.session and self.request and not self.request.isolated:
             for file in (self.user_home() / ".gemini" / "tmp").glob(f"*/chats/session-*-{self.session[:8]}.jsonl"):
                 file.unlink()
+
+
+def gemini_usage(counts: Json) -> Optional[Usage]:
+    usage = Usage(counts["input_tokens"], counts["output_tokens"])
+    return usage if usage.input_tokens else None
 
 
 def literal(text: str) -> str:
@@ -2196,6 +2277,14 @@ def read_json_with_comments(file: Path) -> Json:
 
 # ---- Files for the model way
 
+def own_directory(config: Config, name: str) -> Path:
+    """A directory in clinvk's home; both are made if need be, and nobody else can read them."""
+    config.home.parent.mkdir(parents=True, exist_ok=True)
+    config.home.mkdir(mode=0o700, exist_ok=True)
+    (config.home / name).mkdir(mode=0o700, exist_ok=True)
+    return config.home / name
+
+
 def link(source: Path, target: Path) -> None:
     """`target` points at `source`, if that exists: a login that the CLI refreshes is refreshed for the user, too."""
     if target.is_symlink() and os.readlink(target) == str(source) and source.exists():
@@ -2226,9 +2315,7 @@ def write_whole(target: Path, text: str) -> None:
 
 def scratch_directory(config: Config) -> Path:
     """A new directory for one run. Its name says whose it is, for `sweep`."""
-    place = config.home / "runs"
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=place))
+    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=own_directory(config, "runs")))
 
 
 def sweep(config: Config) -> None:
@@ -2270,7 +2357,7 @@ class Text(Backend):
 
     def ask(self, request: Settled, mouth: Mouth) -> None:
         parts = [part for part in (request.system_prompt, request.prompt) if part]
-        mouth.say_bytes(PARAGRAPH.join(parts).encode())
+        mouth.say_bytes(PARAGRAPH.join(parts).encode(errors="replace"))
         mouth.end_of_input()
 
     def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
@@ -2284,7 +2371,7 @@ class Text(Backend):
         if rest:
             yield Message(rest, opens=self.opens)
         if exit_code:
-            yield Failure(BackendFailed(f"{self.name} failed with exit code {exit_code}"), quiet(stderr, self.noise))
+            yield Failure(BackendFailed(f"{self.name} failed with exit code {exit_code}"))
         yield Done(exit_code)
 
 
@@ -2330,21 +2417,25 @@ def kind_of(name: str) -> Type[Backend]:
 # In: a Settled request and its backend. Out: the events of the run. Here, and only here, processes are started.
 
 class Stop:
-    """Why a run must end before its time. The thread that runs it asks, every TICK; others may `cancel` it."""
+    """Why a run must end before its time. Whoever waits for something asks, every TICK."""
 
-    def __init__(self, limit_secs: float, gone: Callable[[], bool] = lambda: False,
-                 closing: Optional[threading.Event] = None) -> None:
-        self.limit_secs = limit_secs
-        self.deadline = time.monotonic() + limit_secs
+    def __init__(self, gone: Callable[[], bool] = lambda: False, closing: Optional[threading.Event] = None) -> None:
+        self.began = time.monotonic()
         self.gone = gone
         self.closing = closing or threading.Event()
+        self.limit_secs = math.inf
+
+    def allow(self, seconds: float) -> Stop:
+        """Time is up that long after the request came; math.inf, once the run is over: never."""
+        self.limit_secs = seconds
+        return self
 
     def error(self) -> Optional[ClinvkError]:
         if self.closing.is_set():
             return Canceled("the server is stopping; try again when it is back")
         if self.gone():
             return Canceled("the client has closed the connection")
-        if time.monotonic() > self.deadline:
+        if time.monotonic() > self.began + self.limit_secs:
             return TimedOut(f"time is up: the run was ended after {self.limit_secs:g} s. Allow more with timeout_secs, "
                             "or with server.request_timeout_secs in the config")
         return None
@@ -2416,6 +2507,7 @@ def wait_for(turn: threading.Event, stop: Stop) -> Iterator[Progress]:
 class Child:
     """A started CLI: its pipes and its descendants. Between `start` and `leave` one thread at a time uses it."""
     STDERR_KEPT = 64 * 1024
+    LAST_WORDS = 1.0  # seconds for what comes on stderr when stdout is closed already
 
     def __init__(self, command: Command, *, server_mark: str, max_output_bytes: int) -> None:
         self.mark = f"{server_mark}-{uuid.uuid4().hex}"  # in the environment of all its descendants, wherever they go
@@ -2461,11 +2553,12 @@ class Child:
 
     def output(self, stop: Stop) -> Iterator[bytes]:
         """What it prints on stdout, as it comes, and b"" per TICK of silence; its stderr is kept aside. Ends when it
-        has closed its stdout or is gone. Raises what `stop` says, and BackendFailed if it prints too much."""
+        is gone, or has closed its stdout. Raises what `stop` says, and BackendFailed if it prints too much."""
         assert self.process.stdout and self.process.stderr
         stdout, stderr = self.process.stdout.fileno(), self.process.stderr.fileno()
-        open_pipes = {stdout, stderr}
-        while stdout in open_pipes:
+        open_pipes, last_words_end = {stdout, stderr}, math.inf
+        while open_pipes and time.monotonic() < last_words_end:
+            gone = self.process.poll() is not None  # asked first: what it printed until then is still to be read
             ready = self.ready(open_pipes)
             stop.check()
             for pipe in ready:
@@ -2477,9 +2570,11 @@ class Child:
                     self.stderr = (self.stderr + data)[-self.STDERR_KEPT:]
                 else:
                     yield data
+            if stdout not in open_pipes and last_words_end == math.inf:
+                last_words_end = time.monotonic() + self.LAST_WORDS
+            if not ready and gone:
+                return  # a process it left behind holds the pipes
             if not ready:
-                if self.process.poll() is not None:
-                    return  # a process it left behind holds the pipe
                 yield b""
 
     def ready(self, pipes: Set[int]) -> List[int]:
@@ -2603,19 +2698,36 @@ def run(request: Settled, backend: Backend, children: Children, slots: Slots, st
     """One prompt and its answer: wait for a slot, start the CLI, say the prompt, yield events, end it (SPEC 4).
 
     Yields the backend's events, a Progress per SILENCE, a Failure if the run failed, and one Done, always last.
-    Raises BackendUnavailable and TimedOut while nothing has been started. Closing the generator ends the CLI and all
-    its descendants within 2 s; a client that leaves a silent CLI is noticed through `stop`."""
-    began = time.monotonic()
+    Raises a ClinvkError instead, if there is one before the first event. Closing the generator ends the CLI and all its
+    descendants within 2 s; a client that leaves a silent CLI is noticed through `stop`."""
+    started, begun = time.monotonic(), False
+    try:
+        with contextlib.closing(steps(request, backend, children, slots, stop)) as events:
+            for event in events:
+                begun = True
+                yield timed(event, started)
+    except ClinvkError as error:
+        if not begun:
+            raise
+        yield Failure(error)
+        yield timed(Done(-1), started)
+    finally:
+        stop.allow(math.inf)  # a client may take its time with what is left to read
+
+
+def timed(event: Event, started: float) -> Event:
+    """A Done with its duration; any other event as it is."""
+    if isinstance(event, Done):
+        return dataclasses.replace(event, duration_ms=round(1000 * (time.monotonic() - started)))
+    return event
+
+
+def steps(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop) -> Events:
     yield from slots.take(stop)
     if isinstance(backend, InProcess):
-        steps = released(backend.answer(request), slots.release)
+        yield from released(backend.answer(request), slots.release)
     else:
-        steps = conversation(request, backend, children, slots, stop)
-    with contextlib.closing(steps):
-        for event in steps:
-            if isinstance(event, Done):
-                event = dataclasses.replace(event, duration_ms=round(1000 * (time.monotonic() - began)))
-            yield event
+        yield from conversation(request, backend, children, slots, stop)
 
 
 def released(steps: Iterator[Event], release: Callable[[], None]) -> Events:
@@ -2673,30 +2785,29 @@ def output_of(children: Children, stop: Stop, command: Command, said: bytes, unt
 
 def told_by(backend: Backend, child: Child, stop: Stop) -> Iterator[Event]:
     """The events of one turn, the last of them a Done, whatever happens."""
+    for event in until_done(backend, child, stop):
+        if isinstance(event, Failure):
+            event.error.prompted = True  # SDKs must not repeat it
+            event.error.details = quiet(child.stderr.decode(errors="replace"), backend.noise)
+        yield event
+
+
+def until_done(backend: Backend, child: Child, stop: Stop) -> Iterator[Event]:
     heard = time.monotonic()
     try:
         for data in child.output(stop):
-            steps = backend.read(data, child) if data else backend.look()
-            for event in steps:
-                yield prompted(event)
+            for event in backend.read(data, child) if data else backend.look():
+                yield event
                 if isinstance(event, Done):
                     return
             heard = time.monotonic() if data else heard
             if time.monotonic() - heard >= SILENCE:
                 heard = time.monotonic()
                 yield Progress("waiting", f"no output for {SILENCE:g} s")
-        for event in backend.at_end(exit_code_of(child), child.stderr.decode(errors="replace")):
-            yield prompted(event)
+        yield from backend.at_end(exit_code_of(child), child.stderr.decode(errors="replace"))
     except ClinvkError as error:
-        yield prompted(Failure(error, quiet(child.stderr.decode(errors="replace"), backend.noise)))
+        yield Failure(error)
         yield Done(-1)
-
-
-def prompted(event: Event) -> Event:
-    """A failure from here on comes after the prompt was given: SDKs must not repeat it."""
-    if isinstance(event, Failure):
-        event.error.prompted = True
-    return event
 
 
 def exit_code_of(child: Child) -> int:
@@ -2747,32 +2858,14 @@ def proc_process(name: str, mark: bytes) -> Optional[Process]:
 
 
 def descendants(root: subprocess.Popen[bytes], mark: str) -> List[Process]:
-    """`root`, what it started, what that started, and what carries the mark though its parents have gone."""
+    """`root` and its group, what they started, and what carries the mark though its parents have gone; no zombies."""
     listed = processes(mark)
-    family = {p.pid for p in listed if p.marked} | ({root.pid} if root.poll() is None else set())
+    family = {p.pid for p in listed if p.marked or p.group == root.pid} | ({root.pid} if root.poll() is None else set())
     before = 0
     while len(family) > before:
         before = len(family)
         family |= {p.pid for p in listed if p.parent in family}
-    return [p for p in listed if p.pid in family]
-
-
-def end_descendants(root: subprocess.Popen[bytes], mark: str) -> None:
-    """SIGTERM to every descendant and its group, SIGKILL after GRACE seconds; returns when none is left."""
-    began, pause, sent = time.monotonic(), 0.005, signal.SIGTERM
-    known: Set[int] = set()  # who has had the present signal: a CLI that cleans up is not told twice
-    while True:
-        family = [p for p in descendants(root, mark) if not buried(p)]
-        if not family:
-            return
-        if sent == signal.SIGTERM and time.monotonic() - began > GRACE:
-            sent, known = signal.SIGKILL, set()
-        for process in family:
-            if process.pid not in known:
-                send(sent, process)
-        known |= {p.pid for p in family}
-        time.sleep(pause)
-        pause = min(2 * pause, 0.05)
+    return [p for p in listed if p.pid in family and not buried(p)]
 
 
 def buried(process: Process) -> bool:
@@ -2783,12 +2876,29 @@ def buried(process: Process) -> bool:
     return process.zombie
 
 
-def send(number: int, process: Process) -> None:
-    """A signal to a process, and to its group if that is its own."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if process.group == process.pid:
-            os.killpg(process.group, number)
-        os.kill(process.pid, number)
+def end_descendants(root: subprocess.Popen[bytes], mark: str) -> None:
+    """SIGTERM to every descendant, SIGKILL after GRACE seconds; returns when none is left."""
+    began, pause, number = time.monotonic(), 0.005, signal.SIGTERM
+    told: Set[int] = set()  # who has had the present signal: a CLI that cleans up is not told twice
+    while True:
+        family = descendants(root, mark)
+        if not family:
+            return
+        if number == signal.SIGTERM and time.monotonic() - began > GRACE:
+            number, told = signal.SIGKILL, set()
+        for target in targets(family, told):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(target, number)
+        told |= {p.pid for p in family}
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def targets(family: List[Process], told: Set[int]) -> Set[int]:
+    """Whom to signal, each once: a group that one of the family leads as a whole (a negative number) unless some of it
+    have been told before, any other process by itself."""
+    led = {p.group for p in family if p.group == p.pid} - {p.group for p in family if p.pid in told}
+    return {-p.group if p.group in led else p.pid for p in family if p.pid not in told}
 
 
 # ==== Renderers ===================================================================================
@@ -2900,7 +3010,7 @@ class Native(Renderer):
         answer: Json = {"backend": self.backend, "model": result.init.model or self.asked.model,
                         "exit_code": done.exit_code, "duration_ms": done.duration_ms, "output": text,
                         "token_usage": result.usage and native_usage(result.usage), "cost_usd": done.cost_usd,
-                        "error": result.failure and failure_text(result.failure), "ignored": list(self.ignored)}
+                        "error": result.failure and result.failure.error.whole, "ignored": list(self.ignored)}
         kept = {name: value for name, value in answer.items() if value not in (None, "", [])}
         return spliced(kept, {text: result.final})
 
@@ -2938,7 +3048,7 @@ def event_content(event: Event) -> Json:
     if isinstance(event, TokenUsage):
         return native_usage(event.usage)
     if isinstance(event, Failure):
-        return {"code": event.error.code, "message": str(event.error), "details": event.details}
+        return {"code": event.error.code, "message": str(event.error), "details": event.error.details}
     return dict(vars(event))
 
 
@@ -2952,10 +3062,6 @@ def done_content(result: Result, text: str) -> Json:
 def native_usage(usage: Usage) -> Json:
     return {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens,
             "cached_tokens": usage.cached_tokens, "reasoning_tokens": usage.reasoning_tokens}
-
-
-def failure_text(failure: Failure) -> str:
-    return "\n".join(part for part in (str(failure.error), failure.details) if part)
 
 
 # ---- OpenAI
@@ -3016,7 +3122,7 @@ class OpenAI(Renderer):
     def error(cls, error: ClinvkError, request_id: str) -> Tuple[int, str, Json]:
         kind, code = error.openai
         param = error.problems[0].location if error.problems else None
-        return error.status, JSON_TYPE, {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+        return error.status, JSON_TYPE, {"error": {"message": error.whole, "type": kind, "param": param, "code": code}}
 
 
 FINISH_REASONS = {"end": "stop", "length": "length", "sequence": "stop"}
@@ -3094,7 +3200,7 @@ class Anthropic(Renderer):
 
     @classmethod
     def error(cls, error: ClinvkError, request_id: str) -> Tuple[int, str, Json]:
-        return error.status, JSON_TYPE, {"type": "error", "error": {"type": error.anthropic, "message": str(error)},
+        return error.status, JSON_TYPE, {"type": "error", "error": {"type": error.anthropic, "message": error.whole},
                                          "request_id": request_id}
 
 
@@ -3186,11 +3292,24 @@ def overlap(stops: List[str], text: str) -> int:
 # ==== Guards ======================================================================================
 # In: the head of an HTTP request, a working directory, flags. Out: nothing, or the error that refuses it (SPEC 7).
 
-class Head(NamedTuple):
-    """What the guards look at. `headers` answers to names in any case."""
-    method: str
-    path: str
-    headers: Mapping[str, str]
+class Head:
+    """The head of an HTTP request, from WSGI's `environ`."""
+
+    def __init__(self, environ: Json) -> None:
+        self.environ = environ
+        self.method = environ["REQUEST_METHOD"]
+        self.path = plain_path(environ.get("PATH_INFO") or "/")
+
+    def get(self, name: str) -> str:
+        """A header, its bytes taken for latin-1; "" if it is not there."""
+        key = name.upper().replace("-", "_")
+        return str(self.environ.get(key if key == "CONTENT_TYPE" else f"HTTP_{key}", ""))
+
+
+def plain_path(path: str) -> str:
+    """WSGI's PATH_INFO as people meant it: UTF-8, no doubled slash, none at the end."""
+    text = path.encode("latin-1").decode("utf-8", "replace")
+    return re.sub("/+", "/", text).rstrip("/") or "/"
 
 
 def check_host(config: Config, head: Head) -> None:
@@ -3198,23 +3317,24 @@ def check_host(config: Config, head: Head) -> None:
     server = config.server
     if server.host in ("0.0.0.0", "::") and config.keys:
         return
-    name = host_name(head.headers.get("Host") or "")
+    name = host_name(head.get("Host"))
     if name not in {"localhost", "127.0.0.1", "::1", server.host.lower(), *map(str.lower, server.allowed_hosts)}:
         raise Forbidden(f'the Host "{name}" is not allowed; add it to server.allowed_hosts if it is yours')
 
 
 def host_name(host: str) -> str:
     """`[::1]:8080` -> `::1`, `Localhost:8080` -> `localhost`."""
-    bracketed = re.match(r"\[([^\]]*)\]", host)
-    return (bracketed.group(1) if bracketed else host.partition(":")[0]).lower()
+    found = re.fullmatch(r"(?:\[([^\]]*)\]|([^:]*))(?::\d*)?", host)
+    return (found.group(1) or found.group(2) if found else host).lower()
 
 
 def check_origin(config: Config, head: Head) -> None:
     """Only the server's own pages and desktop apps may call from a browser engine."""
-    origin = head.headers.get("Origin")
-    if origin is None or origin.partition("://")[0] in APP_SCHEMES and "://" in origin:
+    origin = head.get("Origin").lower()
+    scheme, separator, host = origin.partition("://")
+    if not origin or (separator and scheme in APP_SCHEMES):
         return
-    if origin.lower() not in {f"{scheme}://{head.headers.get('Host') or ''}".lower() for scheme in ("http", "https")}:
+    if scheme not in ("http", "https") or host != head.get("Host").lower():
         raise Forbidden(f'the Origin "{origin}" is not allowed: a web page must not drive the CLIs')
 
 
@@ -3224,9 +3344,9 @@ APP_SCHEMES = ("app", "tauri", "vscode-webview", "vscode-file")
 def check_key(config: Config, head: Head) -> None:
     if not config.keys or head.path in OPEN_PATHS:
         return
-    scheme, _, token = (head.headers.get("Authorization") or "").partition(" ")
-    sent = head.headers.get("X-Api-Key") or (token.strip() if scheme.lower() == "bearer" else "")
-    given = [hmac.compare_digest(sent.encode(errors="replace"), key.encode()) for key in config.keys]
+    scheme, _, token = head.get("Authorization").partition(" ")
+    sent = head.get("X-Api-Key") or (token.strip() if scheme.lower() == "bearer" else "")
+    given = [hmac.compare_digest(sent.encode("latin-1"), key.encode()) for key in config.keys]
     if not any(given):
         raise Unauthorized("send one of the server's API keys as X-Api-Key or as Authorization: Bearer")
 
@@ -3236,7 +3356,7 @@ OPEN_PATHS = ("/health", "/openapi.json", "/docs", "/metrics")
 
 def check_type(config: Config, head: Head) -> None:
     """JSON must be said: a form or a typeless Blob is what a web page can post without asking first."""
-    content_type = (head.headers.get("Content-Type") or "").partition(";")[0].strip().lower()
+    content_type = head.get("Content-Type").partition(";")[0].strip().lower()
     if head.method == "POST" and content_type != JSON_TYPE:
         raise WrongType(f"send Content-Type: {JSON_TYPE}" + (f", not {content_type}" if content_type else ""))
 
@@ -3334,10 +3454,10 @@ class Server:
                                      f"backends.{name}.command")
         return kind_of(name)(name, program, self.config, self.versions.get(name, ""))
 
-    def start(self, asked: PromptRequest, gone: Callable[[], bool], *, at: str, prompt_at: str) -> Started:
+    def start(self, asked: PromptRequest, stop: Stop, *, at: str, prompt_at: str) -> Started:
         """Check what only the server can check, and hand back the run; nothing runs before its first event is asked
-        for. Raises Invalid, Forbidden and BackendUnavailable. `at` and `prompt_at` are the places of the fields, and of
-        the prompt, in the body."""
+        for. Raises Invalid, UnknownModel, Forbidden and BackendUnavailable. `at` and `prompt_at` are the places of the
+        fields, and of the prompt, in the body."""
         if asked.backend not in self.config.backends:
             names = self.config.names()
             raise Invalid([Problem(f"{at}.backend", "must be one of " + ", ".join(names)
@@ -3352,23 +3472,22 @@ class Server:
         fault = backend.refuses(request)
         if fault:
             raise Invalid([Problem(prompt_at, fault)])
-        stop = Stop(request.timeout_secs, gone, self.closing)
+        stop.allow(request.timeout_secs)
         events = planned(request, backend) if request.dry_run else \
             run(request, backend, self.children, self.slots, stop)
         return Started(events, request, backend.ignored(request))
 
     def empty_directory(self) -> str:
         """Where the model way runs: clinvk's own, with nothing in it that a CLI could read."""
-        directory = self.config.home / "empty"
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return str(directory)
+        return str(own_directory(self.config, "empty"))
 
     def look_up_versions(self) -> None:
         """Ask each installed CLI for its version; a thread of its own calls this once."""
         for name in self.runnable():
             while self.slots.active and not self.closing.wait(TICK):
                 pass  # a run must not be slowed by it
-            asking = functools.partial(output_of, self.children, Stop(self.VERSION_SECS, closing=self.closing))
+            stop = Stop(closing=self.closing).allow(self.VERSION_SECS)
+            asking = functools.partial(output_of, self.children, stop)
             try:
                 self.versions[name] = kind_of(name).version_of(name, self.program(name) or [], self.config, asking)
             except ClinvkError as error:
@@ -3394,8 +3513,7 @@ class Call(NamedTuple):
     """One HTTP request as an endpoint sees it. `body` is an instance of the route's model."""
     body: Any
     request_id: str
-    gone: Callable[[], bool]
-    query: Mapping[str, str]
+    stop: Stop
     name: str = ""  # the last part of the path, where the route leaves it open
 
 
@@ -3437,7 +3555,7 @@ def json_answer(value: Any, **headers: str) -> Answer:
 @route("POST", "/api/v1/prompt", body=PromptRequest, where="body")
 def prompt(server: Server, call: Call) -> Answer:
     """Run one prompt on one backend."""
-    started = server.start(call.body, call.gone, at="body", prompt_at="body.prompt")
+    started = server.start(call.body, call.stop, at="body", prompt_at="body.prompt")
     asked = Asked(started.request.model, len(started.request.prompt), request_id=call.request_id)
     renderer = Native(asked, started.request.backend, [*started.ignored, *(["metadata"] if call.body.metadata else [])])
     if started.request.streams:
@@ -3461,7 +3579,7 @@ def compat(server: Server, call: Call, kind: Type[Renderer], include_usage: bool
     """A chat request of either API: the same run, shown by `kind`."""
     request = call.body
     asked = request.to_prompt(server.config)
-    started = server.start(asked, call.gone, at="clinvk", prompt_at="messages")
+    started = server.start(asked, call.stop, at="clinvk", prompt_at="messages")
     renderer = kind(Asked(request.model, len(asked.prompt) + len(asked.system_prompt or ""), include_usage,
                           call.request_id))
     ignored = [re.sub(r"[^A-Za-z0-9_.-]", "?", name) for name in (*request.ignored(), *started.ignored)]
@@ -3629,15 +3747,19 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
             router.add(pattern, entry.method, entry)
 
     def app(environ: Json, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        began, request = time.monotonic(), bottle.BaseRequest(environ)
-        request_id = request_id_of(request.get_header("X-Request-Id"))
-        answer = told(server, router, request, request_id)
+        began, head = time.monotonic(), Head(environ)
+        request_id = request_id_of(head.get("X-Request-Id"))
+        environ[STOP] = Stop(environ.get("waitress.client_disconnected", lambda: False), server.closing)
+        answer = told(server, router, head, request_id)
         answer.headers.update({"X-Request-Id": request_id, "request-id": request_id})
         start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", list(answer.headers.items()))
-        if request.method == "HEAD":
+        if head.method == "HEAD":
             answer.body = []
-        return Sent(answer, lambda: log_request(request, answer, request_id, time.monotonic() - began))
+        return Sent(answer, lambda: log_request(head, answer, request_id, time.monotonic() - began))
     return app
+
+
+STOP = "clinvk.stop"  # the request's Stop in WSGI's environ
 
 
 class Sent:
@@ -3656,43 +3778,36 @@ class Sent:
             self.log()
 
 
-def request_id_of(sent: Optional[str]) -> str:
+def request_id_of(sent: str) -> str:
     """The client's own, if it is one, else a new one."""
-    return sent if sent and re.fullmatch(r"[A-Za-z0-9._-]{1,128}", sent) else uuid.uuid4().hex
+    return sent if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", sent) else uuid.uuid4().hex
 
 
-def told(server: Server, router: bottle.Router, request: bottle.BaseRequest, request_id: str) -> Answer:
+def told(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
     """The endpoint's answer, or the error that kept it from answering, in the shape of the API that was called."""
-    path = plain_path(request.environ.get("PATH_INFO") or "/")
-    anthropic = bool(request.get_header("anthropic-version"))
     try:
-        return answered(server, router, request, path, request_id, anthropic)
+        return answered(server, router, head, request_id)
     except ClinvkError as error:
         known = error
+    except RecursionError:
+        known = BadRequest("the body is nested too deep")
     except Exception:
         LOG.error("request %s: a defect of clinvk\n%s", request_id, traceback.format_exc())
         known = ClinvkError(f"clinvk has a defect; its log tells more under the request id {request_id}")
-    renderer = renderer_of(path, anthropic)
+    renderer = renderer_of(head)
     status, content_type, body = renderer.error(known, request_id)
     return Answer([to_json(body)], status, content_type, renderer.error_headers(known))
 
 
-def answered(server: Server, router: bottle.Router, request: bottle.BaseRequest, path: str, request_id: str,
-             anthropic: bool) -> Answer:
+def answered(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
     for guard in GUARDS:
-        guard(server.config, Head(request.method, path, request.headers))
-    prefix = "/anthropic" if anthropic else "/openai"
-    models = path == "/v1/models" or path.startswith("/v1/models/")
-    entry, name = matched(router, request.method, prefix + path if models or path == "/v1/responses" else path)
-    gone = request.environ.get("waitress.client_disconnected", lambda: False)
-    body = check(entry.body, read_json(request, server.config), entry.where) if entry.body else None
-    return entry.function(server, Call(body, request_id, gone, request.query, name))
-
-
-def plain_path(path: str) -> str:
-    """As people meant it: UTF-8, no doubled slash, none at the end."""
-    text = path.encode("latin-1").decode("utf-8", "replace")
-    return re.sub("/+", "/", text).rstrip("/") or "/"
+        guard(server.config, head)
+    path = head.path
+    if re.match("/v1/models(/|$)", path):
+        path = ("/anthropic" if head.get("anthropic-version") else "/openai") + path
+    entry, name = matched(router, head.method, path)
+    body = check(entry.body, read_json(head.environ, server.config), entry.where) if entry.body else None
+    return entry.function(server, Call(body, request_id, head.environ[STOP], name))
 
 
 def matched(router: bottle.Router, method: str, path: str) -> Tuple[Route, str]:
@@ -3708,16 +3823,17 @@ def matched(router: bottle.Router, method: str, path: str) -> Tuple[Route, str]:
     return entry, parts.get("name", "")
 
 
-def renderer_of(path: str, anthropic: bool) -> Type[Renderer]:
+def renderer_of(head: Head) -> Type[Renderer]:
     """Whose shape an error on this path takes."""
-    if path.startswith(("/anthropic", "/v1/messages")) or anthropic and path.startswith("/v1/"):
+    anthropic = head.path.startswith("/v1/") and head.get("anthropic-version")
+    if anthropic or re.match("/anthropic(/|$)|/v1/messages(/|$)", head.path):
         return Anthropic
-    return OpenAI if path.startswith(("/openai", "/v1/")) else Native
+    return OpenAI if re.match("/openai(/|$)|/v1(/|$)", head.path) else Native
 
 
-def read_json(request: bottle.BaseRequest, config: Config) -> Any:
+def read_json(environ: Json, config: Config) -> Any:
     """The body as JSON. Raises BadRequest unless it is UTF-8, proper JSON, and made of whole characters."""
-    raw = request.environ["wsgi.input"].read()
+    raw = environ["wsgi.input"].read()
     if 0 < config.server.max_request_body_bytes < len(raw):
         raise TooLarge(too_large(config.server.max_request_body_bytes))
     try:
@@ -3729,8 +3845,6 @@ def read_json(request: bottle.BaseRequest, config: Config) -> Any:
     except UnicodeEncodeError:
         raise BadRequest("the body has half of a surrogate pair (a \\uD800 to \\uDFFF by itself), "
                          "which is no character; send whole characters") from None
-    except RecursionError:
-        raise BadRequest("the body is nested too deep") from None
     except ValueError as error:
         raise BadRequest(f"the body must be JSON: {error}") from None
     return value
@@ -3744,43 +3858,58 @@ def too_large(limit: int) -> str:
     return f"the body is larger than {limit} bytes; send less, or raise server.max_request_body_bytes"
 
 
-def log_request(request: bottle.BaseRequest, answer: Answer, request_id: str, seconds: float) -> None:
+def log_request(head: Head, answer: Answer, request_id: str, seconds: float) -> None:
     """One line; never a prompt, an answer or a key."""
-    LOG.info("%s %s %s %d %.0f ms %s", request.remote_addr or "-", request.method,
-             plain_path(request.environ.get("PATH_INFO") or "/").encode("unicode_escape").decode(), answer.status,
-             1000 * seconds, request_id)
+    LOG.info("%s %s %s %d %.0f ms %s", head.environ.get("REMOTE_ADDR", "-"), head.method,
+             head.path.encode("unicode_escape").decode(), answer.status, 1000 * seconds, request_id)
+
+
+class Task(waitress.task.WSGITask):
+    """Waits for a client that reads slowly, but not longer than its run may take: waitress would, for ever."""
+
+    def write(self, data: bytes) -> None:
+        channel, stop = self.channel, self.environ[STOP]
+        with channel.outbuf_lock:
+            while channel.connected and channel.total_outbufs_len > channel.adj.outbuf_high_watermark:
+                if stop.error():
+                    raise waitress.channel.ClientDisconnected
+                channel.server.pull_trigger()
+                channel.outbuf_lock.wait(TICK)
+        super().write(data)
 
 
 class RefusedByWaitress(waitress.task.ErrorTask):
     """What waitress refuses by itself, malformed and oversized requests, said in the API's own shape."""
 
     def execute(self) -> None:
-        fault, path = self.request.error, plain_path(getattr(self.request, "path", "") or "/")
+        request, fault = self.request, self.request.error
+        head = Head({"REQUEST_METHOD": getattr(request, "command", ""), "PATH_INFO": getattr(request, "path", ""),
+                     **{f"HTTP_{name}": value for name, value in request.headers.items()}})
         error: ClinvkError = BadRequest(f"{fault.reason}: {fault.body}")
         if fault.code == 413:
-            error = TooLarge(too_large(self.channel.adj.max_request_body_size))
-        elif fault.code >= 500:
+            error = TooLarge(too_large(self.channel.adj.max_request_body_size - 1))
+        elif fault.code == 500:
             error = ClinvkError("clinvk could not answer; its log tells more")
-        request_id = uuid.uuid4().hex
-        status, content_type, body = renderer_of(path, "ANTHROPIC_VERSION" in self.request.headers).error(
-            error, request_id)
+        request_id = request_id_of(head.get("X-Request-Id"))
+        status, content_type, body = renderer_of(head).error(error, request_id)
         self.status = f"{status} {http.HTTPStatus(status).phrase}"
         data = to_json(body)
         self.response_headers += [("Content-Type", content_type), ("X-Request-Id", request_id),
-                                  ("Content-Length", str(len(data)))]
+                                  ("request-id", request_id), ("Content-Length", str(len(data)))]
         self.set_close_on_finish()
         self.content_length = len(data)
         self.write(data)
 
 
 class Channel(waitress.channel.HTTPChannel):
+    task_class = Task
     error_task_class = RefusedByWaitress
 
 
 def listen(server: Server) -> Any:
     """A waitress server, bound and not yet running. Raises OSError if the address can not be had."""
     settings = server.config.server
-    limit = settings.max_request_body_bytes or sys.maxsize
+    limit = settings.max_request_body_bytes + 1 if settings.max_request_body_bytes else sys.maxsize  # the first refused
     # A thread is held for a request's whole life; waiting and running ones must leave room for the rest.
     threads = settings.max_concurrent_runs + settings.max_waiting_runs + 16
     waitress.server.TcpWSGIServer.channel_class = Channel
