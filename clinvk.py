@@ -700,7 +700,8 @@ def as_prompt(turns: List[Turn]) -> str:
     if last.role == "assistant":
         before, closing = turns, "Go on from where the assistant's last turn ends; do not repeat it."
     elif last.role == "user":
-        closing = "Now answer the user's last turn, which is all that follows:\n\n" + element_text(last.pieces)
+        by = f" (by {json.dumps(escaped(last.name), ensure_ascii=False)})" if last.name else ""
+        closing = f"Now answer the user's last turn{by}, which is all that follows:\n\n" + element_text(last.pieces)
     else:
         before, closing = turns, "Go on with the answer to the user, now that the tool has answered."
     told = "\n".join(element("turn", (("role", t.role), ("name", t.name)), "\n" + element_text(t.pieces) + "\n")
@@ -1555,11 +1556,10 @@ class Claude(JsonLines):
         if event["type"] == "message_start":
             self.message_id, self.streaming = event["message"]["id"], True
             self.spoken.begins(message=True)
-        elif event["type"] == "message_stop":
-            self.streaming = False
         elif event["type"] == "content_block_start":
             self.spoken.begins(message=False)
         elif event["type"] == "message_delta":
+            self.streaming = False
             self.stop = "length" if event["delta"].get("stop_reason") == "max_tokens" else "end"
         elif event["type"] == "content_block_delta":
             delta = event["delta"]
@@ -1583,10 +1583,11 @@ class Claude(JsonLines):
 
     def whole_text(self, text: str, message_id: str) -> Iterator[Event]:
         """A text block as a whole: of the streamed message, of one in its place since the stream broke, or its own."""
-        if message_id == self.message_id or self.spoken.again or self.streaming:
+        if self.streaming or self.spoken.again:
+            self.streaming = message_id == self.message_id
             yield from self.spoken.ends(text)
         else:
-            self.spoken.begins(message=True)
+            self.spoken.begins(message=message_id != self.message_id)
             yield from self.spoken.says(text, is_partial=False)
         self.message_id = message_id
 
@@ -1641,7 +1642,7 @@ class Claude(JsonLines):
         if asked.get("subtype") != "can_use_tool":
             return {"type": "control_response", "response": {"subtype": "error", "request_id": request_id,
                                                              "error": "not supported by clinvk"}}
-        answer = {"behavior": "allow", "updatedInput": asked["input"]} if self.grants else {
+        answer = {"behavior": "allow", "updatedInput": asked.get("input", {})} if self.grants else {
             "behavior": "deny", "message": "not allowed by the request's approval_mode and sandbox_mode"}
         return {"type": "control_response", "response": {"subtype": "success", "request_id": request_id,
                                                          "response": answer}}
@@ -1704,9 +1705,9 @@ class JsonRpc(JsonLines):
 
     def parse_line(self, message: Json, mouth: Mouth) -> Iterator[Event]:
         if "method" in message and "id" in message:
+            yield from self.shown(message["method"], message.get("params") or {})
             answer = self.asked(message["method"], message.get("params") or {})
             mouth.say({**self.version_field, "id": message["id"], **answer})
-            yield from self.shown(message["method"], message.get("params") or {})
         elif "method" in message:
             yield from self.told(message["method"], message.get("params") or {})
         elif message.get("id") in self.replies:
@@ -1874,7 +1875,7 @@ class Codex(JsonRpc):
     def repeats(self, head: bytes) -> bool:
         """Whole texts that have come as deltas."""
         whole = b'"method":"item/completed"' in head and b'"type":"agentMessage"' in head
-        return bool(self.spoken.sent) and (whole or b'"method":"turn/completed"' in head)
+        return (bool(self.spoken.sent) and whole) or b'"method":"turn/completed"' in head
 
     def is_decisive(self, message: Json) -> bool:
         return super().is_decisive(message) or message["method"] == "turn/completed"
@@ -2181,13 +2182,13 @@ class Gemini(JsonRpc):
         assert self.request
         grants = self.request.approval_mode == "auto" and self.request.sandbox_mode != "read-only"
         wanted = "allow_once" if grants and not self.request.isolated else "reject_once"
-        chosen = [o["optionId"] for o in params["options"] if o.get("kind") == wanted]
+        chosen = [o["optionId"] for o in params.get("options", []) if o.get("kind") == wanted]
         outcome = {"outcome": "selected", "optionId": chosen[0]} if chosen else {"outcome": "cancelled"}
         return {"result": {"outcome": outcome}}
 
     def shown(self, method: str, params: Json) -> Iterator[Event]:
         """A call for which leave is asked is told of nowhere else, if it is refused."""
-        if method == "session/request_permission":
+        if method == "session/request_permission" and "toolCallId" in params.get("toolCall", {}):
             yield from self.tool(params["toolCall"])
 
     def turn_ended(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
@@ -3330,9 +3331,9 @@ def host_name(host: str) -> str:
 
 def check_origin(config: Config, head: Head) -> None:
     """Only the server's own pages and desktop apps may call from a browser engine."""
-    origin = head.get("Origin").lower()
-    scheme, separator, host = origin.partition("://")
-    if not origin or (separator and scheme in APP_SCHEMES):
+    origin = head.get("Origin")
+    scheme, separator, host = origin.lower().partition("://")
+    if "HTTP_ORIGIN" not in head.environ or (separator and scheme in APP_SCHEMES):
         return
     if scheme not in ("http", "https") or host != head.get("Host").lower():
         raise Forbidden(f'the Origin "{origin}" is not allowed: a web page must not drive the CLIs')

@@ -80,7 +80,7 @@ def by_hand(backend: str, program: str, prompt: str, folder: Path) -> float:
     request = clinvk.settled(asked, config, str(folder))
     children = clinvk.Children(2**30)
     began = time.perf_counter()
-    speaker.prepare(request, lambda *command: clinvk.output_of(children, clinvk.Stop(60), *command))
+    speaker.prepare(request, lambda *command: clinvk.output_of(children, clinvk.Stop(), *command))
     command = speaker.command(request)
     process = subprocess.Popen(command.argv, cwd=command.cwd, env=command.env, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
