@@ -1297,6 +1297,14 @@ class Backend:
         return found.group() if found else ""
 
 
+NOT_ALLOWED = "not allowed by the request's approval_mode and sandbox_mode"
+
+
+def grants_leave(request: Settled) -> bool:
+    """Whether a tool that asks for leave gets it."""
+    return request.approval_mode == "auto" and request.sandbox_mode != "read-only" and not request.isolated
+
+
 def quiet(stderr: str, noise: str) -> str:
     """What a CLI wrote to stderr, less the lines that it always writes."""
     lines = [line for line in re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", stderr).splitlines()
@@ -1509,7 +1517,7 @@ class Claude(JsonLines):
     def ask(self, request: Settled, mouth: Mouth) -> None:
         """Only the last block is looked at for a slash command, and an empty one is not sent on: so `/cost`, too, is a
         prompt, to the letter."""
-        self.grants = request.approval_mode == "auto" and request.sandbox_mode != "read-only" and not request.isolated
+        self.grants = grants_leave(request)
         prompt_field = "systemPrompt" if request.isolated else "appendSystemPrompt"
         if request.isolated or request.system_prompt:
             mouth.say(control("initialize", **{prompt_field: request.system_prompt}))
@@ -1643,7 +1651,7 @@ class Claude(JsonLines):
             return {"type": "control_response", "response": {"subtype": "error", "request_id": request_id,
                                                              "error": "not supported by clinvk"}}
         answer = {"behavior": "allow", "updatedInput": asked.get("input", {})} if self.grants else {
-            "behavior": "deny", "message": "not allowed by the request's approval_mode and sandbox_mode"}
+            "behavior": "deny", "message": NOT_ALLOWED}
         return {"type": "control_response", "response": {"subtype": "success", "request_id": request_id,
                                                          "response": answer}}
 
@@ -2040,6 +2048,8 @@ class Gemini(JsonRpc):
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         super().__init__(name, program, config, cli_version)
         self.request: Optional[Settled] = None
+        self.grants = False  # whether tools that ask are allowed
+        self.first_session = str(uuid.uuid4())  # gemini stores one at its start, besides the one that we ask for
         self.session = ""
         self.prompted = False  # nothing that comes before is part of the answer
         self.opens = True
@@ -2082,8 +2092,8 @@ class Gemini(JsonRpc):
             env.update(GEMINI_CLI_HOME=str(self.scratch), GEMINI_SYSTEM_MD=str(self.scratch / "system.md"),
                        TMPDIR=str(self.scratch))
             self.furnish(self.scratch, request, users)
-        elif request.sandbox_mode == "workspace":
-            argv += ["-s"]
+        else:
+            argv += ["--session-id", self.first_session, *(["-s"] if request.sandbox_mode == "workspace" else [])]
         argv += [*option("-m", model), *self.own_flags, *request.extra]
         return Command(argv, request.workdir, env, self.scratch)
 
@@ -2117,7 +2127,7 @@ class Gemini(JsonRpc):
         self.call(mouth, "initialize", {"protocolVersion": 1, "clientCapabilities": nothing_of_ours}, self.initialized)
 
     def ask(self, request: Settled, mouth: Mouth) -> None:
-        self.request = request
+        self.request, self.grants = request, grants_leave(request)
         if 1 not in self.replies:  # it is past its greeting
             self.new_session(request, mouth)
 
@@ -2179,9 +2189,7 @@ class Gemini(JsonRpc):
         """Leave for a tool, as the approval mode says; all else is refused."""
         if method != "session/request_permission":
             return super().asked(method, params)
-        assert self.request
-        grants = self.request.approval_mode == "auto" and self.request.sandbox_mode != "read-only"
-        wanted = "allow_once" if grants and not self.request.isolated else "reject_once"
+        wanted = "allow_once" if self.grants else "reject_once"
         chosen = [o["optionId"] for o in params.get("options", []) if o.get("kind") == wanted]
         outcome = {"outcome": "selected", "optionId": chosen[0]} if chosen else {"outcome": "cancelled"}
         return {"result": {"outcome": outcome}}
@@ -2190,6 +2198,9 @@ class Gemini(JsonRpc):
         """A call for which leave is asked is told of nowhere else, if it is refused."""
         if method == "session/request_permission" and "toolCallId" in params.get("toolCall", {}):
             yield from self.tool(params["toolCall"])
+            if not self.grants:
+                tool_id = params["toolCall"]["toolCallId"]
+                yield ToolResult(tool_id, self.tools[tool_id], NOT_ALLOWED, is_error=True)
 
     def turn_ended(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
         """`end_turn` without any model's usage is no success: the provider's stream broke, or a filter cut it, or (if
@@ -2238,9 +2249,10 @@ class Gemini(JsonRpc):
 
     def clean_up(self) -> None:
         """Nothing is stored of an agent run, either: gemini has no way to say so before."""
-        if self.session and self.request and not self.request.isolated:
-            for file in (self.user_home() / ".gemini" / "tmp").glob(f"*/chats/session-*-{self.session[:8]}.jsonl"):
-                file.unlink()
+        if self.request and not self.request.isolated:
+            for session in (self.first_session, self.session):
+                for file in (self.user_home() / ".gemini" / "tmp").glob(f"*/chats/session-*-{session[:8]}.jsonl"):
+                    file.unlink()
 
 
 def gemini_usage(counts: Json) -> Optional[Usage]:
@@ -2708,7 +2720,7 @@ def run(request: Settled, backend: Backend, children: Children, slots: Slots, st
                 begun = True
                 yield timed(event, started)
     except ClinvkError as error:
-        if not begun:
+        if not begun and not isinstance(error, BackendAuth):  # not logged in is a failed run, whenever it is noticed
             raise
         yield Failure(error)
         yield timed(Done(-1), started)
@@ -3257,30 +3269,33 @@ def anthropic_usage(usage: Usage) -> Json:
 def cut_at(stops: List[str], events: Events) -> Events:
     """`events` up to the first of `stops` in the answer's text; there the run is closed, and a Done says which.
 
-    Text that may be the beginning of a stop sequence is held back until the next piece shows."""
-    held = ""
+    The paragraphs between the messages of an agent run are part of that text, and put in here. What may be the
+    beginning of a stop sequence is held back until the next piece shows."""
+    held, spoken = "", False
     with contextlib.closing(events):
         for event in events:
-            if held and (isinstance(event, (ToolUse, Failure, Done)) or (isinstance(event, Message) and event.opens)):
+            if held and isinstance(event, (Failure, Done)):
                 yield Message(held)
                 held = ""
             if not isinstance(event, Message):
                 yield event
                 continue
-            text, found = split_at(stops, held + event.text)
+            held += (PARAGRAPH if event.opens and spoken else "") + event.text
+            text, found = split_at(stops, held)
             held = "" if found else text[len(text) - overlap(stops, text):]
-            yield dataclasses.replace(event, text=text[:len(text) - len(held)])
+            yield Message(text[:len(text) - len(held)], event.is_partial, opens=not spoken)
+            spoken = True
             if found:
                 yield Done(0, stop="sequence", stop_sequence=found)
                 return
 
 
 def split_at(stops: List[str], text: str) -> Tuple[str, str]:
-    """The text before the first stop sequence, and that sequence; all of it and "" if there is none."""
-    found = [(text.index(stop), -len(stop), stop) for stop in stops if stop in text]
+    """The text before the stop sequence that is complete first, and that sequence; all of it and "" without one."""
+    found = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in stops if stop in text]
     if not found:
         return text, ""
-    at, _, stop = min(found)
+    _, at, stop = min(found)
     return text[:at], stop
 
 
