@@ -2515,6 +2515,7 @@ def wait_for(turn: threading.Event, stop: Stop) -> Iterator[Progress]:
         if time.monotonic() - told >= SILENCE:
             told = time.monotonic()
             yield Progress("queued", "waiting for a free slot")
+    stop.check()
 
 
 class Child:
@@ -2587,7 +2588,7 @@ class Child:
                 last_words_end = time.monotonic() + self.LAST_WORDS
             if not ready and gone:
                 return  # a process it left behind holds the pipes
-            if not ready:
+            if stdout not in ready:
                 yield b""
 
     def ready(self, pipes: Set[int]) -> List[int]:
@@ -2684,10 +2685,11 @@ class Children:
                                              env={"PATH": os.defpath})
 
     def dismiss_heir(self) -> None:
+        """To be called when nothing is left for it to end."""
         with self.changed:
-            if self.heir and self.heir.stdin:
-                self.heir.stdin.close()
-                self.heir.wait(5)
+            if self.heir:
+                self.heir.kill()
+                self.heir.communicate()
 
     def dismiss(self, child: Child, then: Callable[[], None], *, patience: float) -> None:
         """End `child` in a thread of its own, so that nobody's answer waits for it; call `then` when it has gone."""
