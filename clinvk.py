@@ -1782,7 +1782,9 @@ class Codex(JsonRpc):
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         super().__init__(name, program, config, cli_version)
         self.spoken = Spoken()
-        self.counts: Json = {}  # of tokens, in the thread
+        self.turn = ""
+        self.counts: Json = {}  # of tokens, in the whole thread
+        self.counts_before: Json = {}  # those of its earlier turns
         self.resets_at: Optional[float] = None
         self.tools: Set[str] = set()  # items that have been shown as a ToolUse
 
@@ -1878,7 +1880,11 @@ class Codex(JsonRpc):
         turn: Json = {"threadId": thread, "input": [{"type": "text", "text": request.prompt}]}
         if request.effort in self.EFFORTS:
             turn["effort"] = request.effort
-        self.call(mouth, "turn/start", turn, self.nothing)
+        self.call(mouth, "turn/start", turn, self.turn_started)
+
+    def turn_started(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
+        self.turn = reply["turn"]["id"]
+        return iter(())
 
     def repeats(self, head: bytes) -> bool:
         """Whole texts that have come as deltas."""
@@ -1898,7 +1904,10 @@ class Codex(JsonRpc):
         elif method == "item/completed":
             yield from self.item_completed(params["item"])
         elif method == "thread/tokenUsage/updated":
-            self.counts = params["tokenUsage"]["total"]
+            if params["turnId"] == self.turn:
+                self.counts = params["tokenUsage"]["total"]
+            else:
+                self.counts_before = params["tokenUsage"]["total"]
         elif method == "account/rateLimits/updated":
             limit = params["rateLimits"].get("primary") or {}
             self.resets_at = limit.get("resetsAt") if limit.get("usedPercent", 0) >= 100 else None
@@ -1934,7 +1943,7 @@ class Codex(JsonRpc):
 
     def turn_completed(self, turn: Json) -> Iterator[Event]:
         self.spoken = Spoken()
-        yield from usage_of(codex_usage, self.counts)
+        yield from usage_of(functools.partial(codex_usage, self.counts_before), self.counts)
         failed = turn["status"] != "completed"
         if failed:
             yield Failure(self.turn_error(turn.get("error") or {"message": f"the turn was {turn['status']}"}))
@@ -1987,11 +1996,10 @@ def codex_status(error: Json) -> Optional[int]:
     return inner.get("httpStatusCode") if isinstance(inner, dict) else None
 
 
-def codex_usage(total: Json) -> Optional[Usage]:
-    if not total:
-        return None
-    return Usage(total.get("inputTokens", 0), total.get("outputTokens", 0), total.get("cachedInputTokens", 0),
-                 total.get("cacheWriteInputTokens", 0), total.get("reasoningOutputTokens", 0))
+def codex_usage(before: Json, total: Json) -> Optional[Usage]:
+    """A turn's counts, from those of its thread before and after it."""
+    names = ("inputTokens", "outputTokens", "cachedInputTokens", "cacheWriteInputTokens", "reasoningOutputTokens")
+    return Usage(*(total.get(name, 0) - before.get(name, 0) for name in names)) if total else None
 
 
 def native_codex(wrapper: str) -> str:
@@ -2522,6 +2530,7 @@ class Child:
     """A started CLI: its pipes and its descendants. Between `start` and `leave` one thread at a time uses it."""
     STDERR_KEPT = 64 * 1024
     LAST_WORDS = 1.0  # seconds for what comes on stderr when stdout is closed already
+    READS_OF_A_FULL_PIPE = 4  # of 64 KiB each, which is what a pipe holds
 
     def __init__(self, command: Command, *, server_mark: str, max_output_bytes: int) -> None:
         self.mark = f"{server_mark}-{uuid.uuid4().hex}"  # in the environment of all its descendants, wherever they go
@@ -2568,30 +2577,46 @@ class Child:
     def output(self, stop: Stop) -> Iterator[bytes]:
         """What it prints on stdout, as it comes, and b"" per TICK of silence; its stderr is kept aside. Ends when it
         is gone, or has closed its stdout. Raises what `stop` says, and BackendFailed if it prints too much."""
-        assert self.process.stdout and self.process.stderr
-        stdout, stderr = self.process.stdout.fileno(), self.process.stderr.fileno()
-        open_pipes, last_words_end = {stdout, stderr}, math.inf
-        while open_pipes and time.monotonic() < last_words_end:
-            gone = self.process.poll() is not None  # asked first: what it printed until then is still to be read
-            ready = self.ready(open_pipes)
+        pipes = self.pipes()
+        last_words_end = math.inf
+        while time.monotonic() < last_words_end:
+            if self.process.poll() is not None:
+                yield from self.rest(pipes)
+                return
+            heard = [data for data in map(self.read, self.ready(pipes)) if data is not None]
             stop.check()
-            for pipe in ready:
-                data = os.read(pipe, 65536)
-                self.count(len(data))
-                if not data:
-                    open_pipes.discard(pipe)
-                elif pipe == stderr:
-                    self.stderr = (self.stderr + data)[-self.STDERR_KEPT:]
-                else:
-                    yield data
-            if stdout not in open_pipes and last_words_end == math.inf:
+            yield from filter(None, heard)
+            if b"" in heard:  # stdout is closed
                 last_words_end = time.monotonic() + self.LAST_WORDS
-            if not ready and gone:
-                return  # a process it left behind holds the pipes
-            if stdout not in ready:
+                pipes = pipes[1:]
+            elif not heard:
                 yield b""
 
-    def ready(self, pipes: Set[int]) -> List[int]:
+    def pipes(self) -> List[int]:
+        """stdout and stderr."""
+        assert self.process.stdout and self.process.stderr
+        return [self.process.stdout.fileno(), self.process.stderr.fileno()]
+
+    def read(self, pipe: int) -> Optional[bytes]:
+        """What there is on stdout, b"" if it is closed; None for stderr, and if there is nothing."""
+        try:
+            data = os.read(pipe, 65536)
+        except BlockingIOError:
+            return None
+        self.printed += len(data)
+        if self.printed > self.max_output_bytes:
+            raise BackendFailed(f"{self.command.argv[0]} was ended: it printed over {self.max_output_bytes} bytes; "
+                                "raise server.max_output_bytes to allow more")
+        if pipe == self.pipes()[0]:
+            return data
+        self.stderr = (self.stderr + data)[-self.STDERR_KEPT:]
+        return None
+
+    def rest(self, pipes: List[int]) -> List[bytes]:
+        """What the pipes of a process that has gone still hold; not what others, who have them too, go on to print."""
+        return [data for pipe in pipes for data in map(self.read, [pipe] * self.READS_OF_A_FULL_PIPE) if data]
+
+    def ready(self, pipes: List[int]) -> List[int]:
         """Which pipes have something to read, after at most TICK; takes the chance to write what is unsent."""
         poll = select.poll()
         for pipe in pipes:
@@ -2599,16 +2624,10 @@ class Child:
         stdin = self.process.stdin
         if self.unsent and stdin is not None and not stdin.closed:
             poll.register(stdin.fileno(), select.POLLOUT)
-        found = [pipe for pipe, _ in poll.poll(TICK * 1000)]
+        found = {pipe for pipe, _ in poll.poll(TICK * 1000)}
         if self.unsent:
             self.flush()
-        return [pipe for pipe in found if pipe in pipes]
-
-    def count(self, size: int) -> None:
-        self.printed += size
-        if self.printed > self.max_output_bytes:
-            raise BackendFailed(f"{self.command.argv[0]} was ended: it printed over {self.max_output_bytes} bytes; "
-                                "raise server.max_output_bytes to allow more")
+        return [pipe for pipe in pipes if pipe in found]
 
     def leave(self, patience: float) -> None:
         """End it and all its descendants; returns when none is left. It may take `patience` seconds to go by itself
@@ -3449,6 +3468,10 @@ class Server:
         self.programs: Dict[str, Tuple[float, Optional[List[str]]]] = {}  # backend -> when looked up, what was found
         self.versions: Dict[str, str] = {}
 
+    def bound(self, port: int) -> None:
+        """The port that was found, if any free one was asked for."""
+        self.config = dataclasses.replace(self.config, server=dataclasses.replace(self.config.server, port=port))
+
     def program(self, name: str) -> Optional[List[str]]:
         """Program and first arguments of a backend; None if it is not installed. [] for what needs no program."""
         looked_up, found = self.programs.get(name, (0.0, None))
@@ -4002,6 +4025,7 @@ def serve(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         return refused(f"can not listen on {config.server.host}:{config.server.port}: "
                        f"{getattr(error, 'strerror', None) or error}. Choose another with --host or --port")
+    server.bound(address_of(listening)[1])
     return run_server(server, listening)
 
 
@@ -4032,9 +4056,14 @@ def refused(message: str) -> int:
     return 1
 
 
+def address_of(listening: Any) -> Tuple[str, int]:
+    """Host and port; the first, if a name such as localhost has several."""
+    several: List[Tuple[str, int]] = getattr(listening, "effective_listen", [])
+    return several[0] if several else (listening.effective_host, listening.effective_port)
+
+
 def announce(config: Config, listening: Any) -> None:
-    several = getattr(listening, "effective_listen", None)  # a name such as localhost may have two addresses
-    host, port = several[0] if several else (listening.effective_host, listening.effective_port)
+    host, port = address_of(listening)
     shown = f"[{host}]" if ":" in host else host
     print(f"clinvk API server starting on http://{shown}:{port}\n\nAvailable endpoints:")
     for kind, paths in ways_in().items():

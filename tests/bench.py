@@ -23,20 +23,20 @@ sys.path.insert(0, str(REPO))
 CLI = '''#!%s
 import json, sys, time
 def show(**line): print(json.dumps(line, separators=(",", ":")), flush=True)
-def delta(text): show(type="stream_event", event={"type": "content_block_delta", "delta": {"type": "text_delta", "text": text}})
+def event(**event): show(type="stream_event", event=event)
 for line in sys.stdin:
     message = json.loads(line)
     if message["type"] != "user":
         continue
     prompt = message["message"]["content"][0]["text"].split()
     show(type="system", subtype="init", model="scripted", session_id="s", cwd="/")
-    show(type="stream_event", event={"type": "message_start", "message": {"id": "m", "model": "scripted"}})
+    event(type="message_start", message={"id": "m", "model": "scripted"})
     count, size, pause = (int(prompt[1]), int(prompt[2]), float(prompt[3])) if prompt[0] == "send" else (1, 0, 0)
     text = ""
     for number in range(count):
         piece = "%%d " %% time.monotonic_ns() + "x" * size
         text += piece
-        delta(piece)
+        event(type="content_block_delta", delta={"type": "text_delta", "text": piece})
         time.sleep(pause)
     show(type="assistant", message={"id": "m", "model": "scripted", "content": [{"type": "text", "text": text}]})
     show(type="result", subtype="success", is_error=False, result=text, stop_reason="end_turn", num_turns=1,
@@ -65,7 +65,8 @@ def ask(port: int, backend: str, prompt: str, *, stream: bool) -> Iterator[bytes
     """The pieces of an answer, as they arrive."""
     body = {"model": backend, "messages": [{"role": "user", "content": prompt}], "stream": stream}
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=300)) as connection:
-        connection.request("POST", "/openai/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        connection.request("POST", "/openai/v1/chat/completions", json.dumps(body),
+                           {"Content-Type": "application/json"})
         answer = connection.getresponse()
         assert answer.status == 200, answer.read()
         yield from iter(lambda: answer.read1(65536), b"")
@@ -145,8 +146,9 @@ def delays(port: int) -> None:
                 text = json.loads(line[6:])["choices"][0]["delta"]["content"]
                 found += [(now - int(text.split()[0])) / 1e6] if text else []
     found.sort()
-    print(f"  deltas: passed on in {statistics.median(found):.2f} ms at the median, {found[int(len(found) * .95)]:.2f} ms "
-          f"at 95 % ({len(found)} deltas)")
+    late = found[int(len(found) * .95)]
+    print(f"  deltas: passed on in {statistics.median(found):.2f} ms at the median, {late:.2f} ms at 95 % "
+          f"({len(found)} deltas)")
 
 
 def memory(process: subprocess.Popen[bytes], port: int) -> None:
