@@ -78,7 +78,7 @@ def add_own_files(stage: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     command = [sys.executable, "-S", "-m", "compileall", "-q", "-b", "-d", "clinvk.pyz",
                "--invalidation-mode=unchecked-hash", str(stage)]
-    subprocess.run(command, env={**environ, "PYTHONHASHSEED": "0"}, check=True)
+    subprocess.run(command, cwd=stage, env={**environ, "PYTHONHASHSEED": "0"}, check=True)
     (stage / "__main__.py").write_text(MAIN)
 
 

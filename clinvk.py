@@ -15,6 +15,7 @@ import difflib
 import functools
 import hmac
 import http
+import ipaddress
 import itertools
 import json
 import logging
@@ -105,6 +106,10 @@ class UnknownModel(ClinvkError):
     """No backend goes by that name, or its CLI says that it has no such model."""
     status, openai, anthropic = 404, ("invalid_request_error", "model_not_found"), "not_found_error"
     native_status = 422
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.problems = [Problem("model", message)]
 
 
 class BackendAuth(ClinvkError):
@@ -238,7 +243,8 @@ class Checker:
         self.unknown: List[str] = []
 
     def wrong(self, at: str, message: str, value: Any = None) -> None:
-        self.problems.append(Problem(at, message, value if isinstance(value, (str, int, float, bool)) else None))
+        shown = isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+        self.problems.append(Problem(at, message, value if shown else None))
 
     def model(self, model: Any, value: Any, at: str) -> Any:
         if not isinstance(value, dict):
@@ -458,6 +464,7 @@ class Config:
     parallel: ParallelConfig = param(ParallelConfig)
     server: ServerConfig = param(ServerConfig)
     home: Path = internal(Path())
+    here: str = internal("")  # the directory in which the server was started
     keys: Tuple[str, ...] = internal(())
     environ: Mapping[str, str] = internal(dict)  # what the CLIs inherit
 
@@ -467,9 +474,12 @@ class Config:
         return [*BUILT_IN[:-1], *extra, BUILT_IN[-1]]
 
 
-# Settings whose effect is still to be built: a start that would ignore them silently is refused.
-NOT_YET = ("api_keys_gopass_path", "rate_limit_enabled", "trusted_proxies", "cors_allowed_origins",
-           "cors_allow_credentials", "metrics_enabled", "spares_at_start")
+# Settings whose effect is still to be built: a start warns of them. Keys that would not be asked for stop it.
+NOT_YET = ("server.read_timeout_secs", "server.rate_limit_enabled", "server.rate_limit_rps", "server.rate_limit_burst",
+           "server.rate_limit_cleanup_secs", "server.trusted_proxies", "server.cors_allowed_origins",
+           "server.cors_allow_credentials", "server.cors_max_age", "server.metrics_enabled", "server.spares",
+           "server.spare_idle_secs", "server.spares_at_start", "server.live_conversations", "session.retention_days",
+           "session.store_token_usage", "session.default_tags", "parallel.max_workers", "parallel.fail_fast")
 
 # Environment variable -> the key it sets.
 VARIABLES = {
@@ -514,10 +524,18 @@ def load_config(path: Optional[str], environ: Mapping[str, str], flags: Mapping[
         raise ConfigError("; ".join(explain(p, sources.get(p.location, str(file))) for p in error.problems)) from None
     given = {name: BackendConfig() for name in BUILT_IN}
     keys = tuple(key.strip() for key in environ.get("CLINVK_API_KEYS", "").split(",") if key.strip())
-    config = dataclasses.replace(config, backends={**given, **config.backends}, home=home, keys=keys,
-                                 environ=dict(environ))
+    config = dataclasses.replace(config, backends={**given, **config.backends}, home=home, here=working_directory(),
+                                 keys=keys, environ=dict(environ))
     refuse_contradictions(config, lambda key: sources.get(key, str(file)))
     return config
+
+
+def working_directory() -> str:
+    """"" if it has been removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
 
 
 def read_yaml(file: Path) -> Json:
@@ -564,13 +582,28 @@ def refuse_contradictions(config: Config, source: Callable[[str], str]) -> None:
         if name not in BUILT_IN and not backend.command:
             raise ConfigError(f"{source('')}: backends.{name}.command is required: clinvk has no backend of that name"
                               + nearest(name, BUILT_IN))
+        if backend.command in ([""], [" "]) or any(not re.fullmatch(r"[^=\0]+", variable) for variable in backend.env):
+            raise ConfigError(f"{source('')}: backends.{name}: command and the names in env must not be empty, and a "
+                              "name has no '='")
+    for key in ("allowed_workdir_prefixes", "blocked_workdir_prefixes"):
+        for prefix in getattr(config.server, key):
+            if not os.path.isabs(prefix):
+                raise ConfigError(f"{source('server.' + key)}: server.{key}: {prefix!r} must be an absolute path")
     if config.default_backend not in config.backends:
         raise ConfigError(f"{source('default_backend')}: default_backend must be one of {', '.join(config.names())}"
                           + nearest(config.default_backend, config.backends))
-    for key in NOT_YET:
-        if getattr(config.server, key) != getattr(ServerConfig(), key):
-            raise ConfigError(f"{source('server.' + key)}: server.{key} has no effect in clinvk {__version__} yet; "
-                              "take it out until it has")
+    if config.server.api_keys_gopass_path:
+        raise ConfigError(f"{source('server.api_keys_gopass_path')}: server.api_keys_gopass_path can not be used in "
+                          f"clinvk {__version__} yet; give the keys in CLINVK_API_KEYS")
+
+
+def without_effect(config: Config) -> List[str]:
+    """The NOT_YET keys that are set to anything but their default."""
+    return [key for key in NOT_YET if value_at(config, key) != value_at(Config(), key)]
+
+
+def value_at(config: Any, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
 
 
 # ==== Requests ====================================================================================
@@ -664,7 +697,7 @@ def backend_of(model: str, config: Config) -> Tuple[str, Optional[str]]:
         if re.search(pattern, model, re.IGNORECASE):
             return name, model
     known = [*config.names(), "default", *config.server.model_aliases]
-    raise UnknownModel(f'no backend goes by the model name "{model}"{nearest(model, known)} There is: '
+    raise UnknownModel(f'no backend goes by the model name "{model}"{nearest(model, known) or "."} There is: '
                        + ", ".join(known) + '; or "backend/model", or a name that the CLI knows, such as claude-..., '
                        "gpt-... or gemini-...")
 
@@ -816,7 +849,8 @@ class Compat(Open):
 class ChatRequest(Compat):
     """SPEC 2.4: POST /openai/v1/chat/completions. Fields that are not here are accepted and named as ignored."""
     model: str = param(not_empty=True)
-    messages: List[ChatMessage] = param(not_empty=True)
+    messages: List[ChatMessage] = param(list)
+    input: Any = param(None)
     stream: bool = param(False)
     stream_options: StreamOptions = param(StreamOptions)
     n: int = param(1, minimum=1, maximum=8)
@@ -839,6 +873,8 @@ class ChatRequest(Compat):
 
     def to_prompt(self, config: Config) -> PromptRequest:
         self.refuse_not_yet()
+        if not self.messages:
+            raise Invalid([Problem("messages", "is required, and must not be empty")])
         turns = [message.turn(f"messages[{i}]") for i, message in enumerate(self.messages)]
         system = [p.text for t in turns if t.role in ("system", "developer") for p in t.pieces]
         talk = [t for t in turns if t.role not in ("system", "developer")]
@@ -850,6 +886,8 @@ class ChatRequest(Compat):
     def refuse_not_yet(self) -> None:
         if self.n > 1:
             raise not_yet("n", "more than one choice")
+        if self.input is not None and not self.messages:
+            raise Invalid([Problem("input", f"can not be used in clinvk {__version__} yet; send messages")])
         if (self.response_format or {}).get("type", "text") != "text":
             raise not_yet("response_format", "structured output")
         if self.logprobs:
@@ -930,6 +968,12 @@ class MessageParam(Open):
         return Turn(self.role, [p for i, b in enumerate(self.content) for p in b.pieces(f"{at}.content[{i}]")])
 
 
+def system_text(system: Union[None, str, List[Block]]) -> str:
+    if isinstance(system, str):
+        return system
+    return "\n".join(p.text for i, b in enumerate(system or []) for p in b.pieces(f"system[{i}]"))
+
+
 @dataclass(frozen=True)
 class MessagesRequest(Compat):
     """SPEC 2.5: POST /anthropic/v1/messages. Fields that are not here are accepted and named as ignored."""
@@ -967,14 +1011,9 @@ class MessagesRequest(Compat):
         effort = self.output_config.get("effort") if isinstance(self.output_config, dict) else None
         return self.prompt_request(
             config, [m.turn(f"messages[{i}]") for i, m in enumerate(self.messages)],
-            system_prompt=self.system_text() or None, max_tokens=self.max_tokens,
+            system_prompt=system_text(self.system) or None, max_tokens=self.max_tokens,
             effort=effort if isinstance(effort, str) else "",
             thinking_tokens=budget if isinstance(budget, int) and not isinstance(budget, bool) else None)
-
-    def system_text(self) -> str:
-        if isinstance(self.system, str):
-            return self.system
-        return "\n".join(p.text for i, b in enumerate(self.system or []) for p in b.pieces(f"system[{i}]"))
 
     def ignored(self) -> List[str]:
         return [*(["tools"] if self.tools and self.choice != "none" else []), *self.unknown]
@@ -988,6 +1027,11 @@ class CountRequest(Open):
     system: Union[None, str, List[Block]] = param(None, free_text=True)
     tools: List[Any] = param(list)
     unknown: Tuple[str, ...] = internal(())
+
+    def characters(self) -> int:
+        texts = [p.text for i, m in enumerate(self.messages) for p in m.turn(f"messages[{i}]").pieces]
+        tools = [json.dumps(tool, ensure_ascii=False) for tool in self.tools]
+        return sum(map(len, [system_text(self.system), *texts, *tools]))
 
 
 # ==== Events ======================================================================================
@@ -1154,11 +1198,10 @@ def collect(events: Iterator[Event]) -> Result:
 # In: a Settled request. Out: a command line, the messages that ask it, and the events in what the CLI prints.
 
 class Command(NamedTuple):
-    """What a process is started with. `env` is all of its environment; `scratch` is removed when it has gone."""
+    """What a process is started with. `env` is all of its environment."""
     argv: List[str]
     cwd: str
     env: Dict[str, str]
-    scratch: Optional[Path] = None
 
 
 class Mouth(Protocol):
@@ -1227,6 +1270,7 @@ class Backend:
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         self.name, self.program, self.config, self.cli_version = name, program, config, cli_version
         self.own_flags = config.backends[name].extra_flags
+        self.scratch: Optional[Path] = None  # a directory of the run's own
 
     @classmethod
     def find(cls, name: str, config: Config) -> Optional[List[str]]:
@@ -1251,10 +1295,10 @@ class Backend:
 
     def plan(self, request: Settled) -> str:
         """What `dry_run` shows: the command line. No prompt and no key is on it."""
-        command = self.command(request)
-        if command.scratch:
-            shutil.rmtree(command.scratch, ignore_errors=True)
-        return shlex.join(command.argv)
+        try:
+            return shlex.join(self.command(request).argv)
+        finally:
+            self.clean_up()
 
     def prepare(self, request: Settled, output_of: OutputOf) -> None:
         """What has to be found out, by a CLI of its own, before the command line can be made."""
@@ -1288,6 +1332,8 @@ class Backend:
 
     def clean_up(self) -> None:
         """Remove what the run has left behind; called once its processes have gone."""
+        if self.scratch:
+            shutil.rmtree(self.scratch, ignore_errors=True)
 
     @classmethod
     def version_of(cls, name: str, program: List[str], config: Config, output_of: OutputOf) -> str:
@@ -1537,8 +1583,13 @@ class Claude(JsonLines):
         return message.get("type") == "result"
 
     def ignored(self, request: Settled) -> List[str]:
-        unknown_effort = ["reasoning_effort"] if request.effort and request.effort not in self.EFFORTS else []
-        return super().ignored(request) + unknown_effort
+        """claude has one mode for approval and sandbox: read-only and full leave no choice, workspace has no place."""
+        names = ["reasoning_effort"] if request.effort and request.effort not in self.EFFORTS else []
+        if not request.isolated and request.sandbox_mode == "workspace":
+            names.append("sandbox_mode")
+        elif not request.isolated and request.sandbox_mode != "default" and request.approval_mode != "default":
+            names.append("approval_mode")
+        return super().ignored(request) + names
 
     def parse_line(self, message: Json, mouth: Mouth) -> Iterator[Event]:
         kind = message.get("type")
@@ -1717,7 +1768,7 @@ class JsonRpc(JsonLines):
             answer = self.asked(message["method"], message.get("params") or {})
             mouth.say({**self.version_field, "id": message["id"], **answer})
         elif "method" in message:
-            yield from self.told(message["method"], message.get("params") or {})
+            yield from self.notified(message["method"], message.get("params") or {})
         elif message.get("id") in self.replies:
             then = self.replies.pop(message["id"])
             if "error" in message:
@@ -1738,7 +1789,7 @@ class JsonRpc(JsonLines):
         """A reply: each call is a step on the way to the answer."""
         return "method" not in message
 
-    def told(self, method: str, params: Json) -> Iterator[Event]:
+    def notified(self, method: str, params: Json) -> Iterator[Event]:
         """The events in a notification."""
         raise NotImplementedError
 
@@ -1759,7 +1810,7 @@ class Codex(JsonRpc):
     The model way has a CODEX_HOME of clinvk's own, for AGENTS.md in the user's can not be switched off: its config.toml
     is ISOLATED and the user's KEPT keys, its auth.json a link to the user's."""
     honours = frozenset({"model", "approval_mode", "sandbox_mode", "system_prompt", "effort"})
-    noise = r"WARNING: proceeding|could not (create|update) PATH|Reading prompt from stdin"
+    noise = r"WARNING: proceeding|could not (create|update) PATH|Reading prompt from stdin|could not find bubblewrap"
     SANDBOX = {"read-only": "read-only", "workspace": "workspace-write", "full": "danger-full-access"}
     EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"})
     LONGEST = 1_048_576  # characters of a prompt
@@ -1840,7 +1891,7 @@ class Codex(JsonRpc):
     def command(self, request: Settled) -> Command:
         env = child_environ(self.config, self.name)
         if request.isolated:
-            env["CODEX_HOME"] = str(self.config.home / "codex")
+            env["CODEX_HOME"] = str(own_directory(self.config, "codex"))
         return Command([*self.program, *self.own_flags, *request.extra, "app-server"], request.workdir, env)
 
     def greet(self, mouth: Mouth) -> None:
@@ -1894,7 +1945,7 @@ class Codex(JsonRpc):
     def is_decisive(self, message: Json) -> bool:
         return super().is_decisive(message) or message["method"] == "turn/completed"
 
-    def told(self, method: str, params: Json) -> Iterator[Event]:
+    def notified(self, method: str, params: Json) -> Iterator[Event]:
         if method == "item/agentMessage/delta":
             yield from self.spoken.says(params["delta"])
         elif method == "item/reasoning/summaryTextDelta":
@@ -2063,7 +2114,6 @@ class Gemini(JsonRpc):
         self.opens = True
         self.characters = 0  # of answer text that have come
         self.tools: Dict[str, str] = {}  # id -> name
-        self.scratch: Optional[Path] = None
 
     def refuses(self, request: Settled) -> str:
         found = self.COMMANDS.match(self.whole_prompt(request))
@@ -2103,7 +2153,7 @@ class Gemini(JsonRpc):
         else:
             argv += ["--session-id", self.first_session, *(["-s"] if request.sandbox_mode == "workspace" else [])]
         argv += [*option("-m", model), *self.own_flags, *request.extra]
-        return Command(argv, request.workdir, env, self.scratch)
+        return Command(argv, request.workdir, env)
 
     def furnish(self, home: Path, request: Settled, users: Json) -> None:
         """A gemini home in which there is nothing but the login, our settings and the system prompt."""
@@ -2168,7 +2218,7 @@ class Gemini(JsonRpc):
         text = {"type": "text", "text": self.whole_prompt(self.request)}
         self.call(mouth, "session/prompt", {"sessionId": self.session, "prompt": [text]}, self.turn_ended)
 
-    def told(self, method: str, params: Json) -> Iterator[Event]:
+    def notified(self, method: str, params: Json) -> Iterator[Event]:
         if method != "session/update" or not self.prompted:
             return
         update = params["update"]
@@ -2257,6 +2307,7 @@ class Gemini(JsonRpc):
 
     def clean_up(self) -> None:
         """Nothing is stored of an agent run, either: gemini has no way to say so before."""
+        super().clean_up()
         if self.request and not self.request.isolated:
             for session in (self.first_session, self.session):
                 for file in (self.user_home() / ".gemini" / "tmp").glob(f"*/chats/session-*-{session[:8]}.jsonl"):
@@ -2299,7 +2350,7 @@ def read_json_with_comments(file: Path) -> Json:
 # ---- Files for the model way
 
 def own_directory(config: Config, name: str) -> Path:
-    """A directory in clinvk's home; both are made if need be, and nobody else can read them."""
+    """A directory in clinvk's home; both are made if need be, then for nobody else to read."""
     config.home.parent.mkdir(parents=True, exist_ok=True)
     config.home.mkdir(mode=0o700, exist_ok=True)
     (config.home / name).mkdir(mode=0o700, exist_ok=True)
@@ -2402,10 +2453,6 @@ class InProcess(Backend):
     @classmethod
     def find(cls, name: str, config: Config) -> Optional[List[str]]:
         return []
-
-    @classmethod
-    def version_of(cls, name: str, program: List[str], config: Config, output_of: OutputOf) -> str:
-        return __version__
 
     def answer(self, request: Settled) -> Iterator[Event]:
         """The events of the whole run."""
@@ -2641,8 +2688,6 @@ class Child:
         for pipe in (self.process.stdout, self.process.stderr):
             if pipe:
                 pipe.close()
-        if self.command.scratch:
-            shutil.rmtree(self.command.scratch, ignore_errors=True)
 
 
 MARK = "CLINVK_RUN"  # environment variable that names the server and the run a process belongs to
@@ -2686,8 +2731,6 @@ class Children:
         try:
             child = Child(command, server_mark=self.mark, max_output_bytes=self.max_output_bytes)
         except (OSError, ValueError) as error:
-            if command.scratch:
-                shutil.rmtree(command.scratch, ignore_errors=True)
             raise BackendUnavailable(f"{command.argv[0]} can not be started: {error}") from None
         with self.changed:
             self.alive.add(child)
@@ -2732,17 +2775,14 @@ def run(request: Settled, backend: Backend, children: Children, slots: Slots, st
     """One prompt and its answer: wait for a slot, start the CLI, say the prompt, yield events, end it (SPEC 4).
 
     Yields the backend's events, a Progress per SILENCE, a Failure if the run failed, and one Done, always last.
-    Raises a ClinvkError instead, if there is one before the first event. Closing the generator ends the CLI and all its
-    descendants within 2 s; a client that leaves a silent CLI is noticed through `stop`."""
-    started, begun = time.monotonic(), False
+    Raises a ClinvkError instead if nothing has been started: nothing but Progress has come then. Closing the generator
+    ends the CLI and all its descendants within 2 s; a client that leaves a silent CLI is noticed through `stop`."""
+    started = time.monotonic()
     try:
         with contextlib.closing(steps(request, backend, children, slots, stop)) as events:
             for event in events:
-                begun = True
                 yield timed(event, started)
-    except ClinvkError as error:
-        if not begun and not isinstance(error, BackendAuth):  # not logged in is a failed run, whenever it is noticed
-            raise
+    except BackendAuth as error:  # not logged in is a failed run, whenever it is noticed
         yield Failure(error)
         yield timed(Done(-1), started)
     finally:
@@ -2759,16 +2799,22 @@ def timed(event: Event, started: float) -> Event:
 def steps(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop) -> Events:
     yield from slots.take(stop)
     if isinstance(backend, InProcess):
-        yield from released(backend.answer(request), slots.release)
+        yield from in_process(backend.answer(request), slots, stop)
     else:
         yield from conversation(request, backend, children, slots, stop)
 
 
-def released(steps: Iterator[Event], release: Callable[[], None]) -> Events:
+def in_process(events: Iterator[Event], slots: Slots, stop: Stop) -> Events:
+    """The events of a backend that needs no process, as long as somebody waits for them."""
     try:
-        yield from steps
+        for event in events:
+            stop.check()
+            yield event
+    except ClinvkError as error:
+        yield Failure(error)
+        yield Done(-1)
     finally:
-        release()
+        slots.release()
 
 
 def conversation(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop) -> Events:
@@ -2777,8 +2823,7 @@ def conversation(request: Settled, backend: Backend, children: Children, slots: 
         backend.prepare(request, functools.partial(output_of, children, stop))
         child = children.start(backend.command(request))
     except BaseException:
-        backend.clean_up()
-        slots.release()
+        leave_nothing(backend, slots)
         raise
     patience = 0.0
     try:
@@ -2954,18 +2999,24 @@ def to_json(value: Any) -> bytes:
 
 
 def spliced(value: Any, texts: Mapping[str, List[str]]) -> List[bytes]:
-    """`value` as JSON, its marker strings replaced by long texts in pieces: no text is ever held twice.
+    """`value` as JSON, in blocks, its marker strings replaced by long texts in pieces: no text is ever held twice.
 
     A piece is let go as soon as it is encoded, so the lists of `texts` are empty afterwards."""
-    parts, rest = [], to_json(value)
-    for marker, pieces in texts.items():
-        head, _, rest = rest.partition(to_json(marker))
-        parts.append(head + b'"')
+    blocks, rest = [bytearray()], to_json(value)
+    for stand_in, pieces in texts.items():
+        head, _, rest = rest.partition(to_json(stand_in))
+        blocks[-1] += head + b'"'
         pieces.reverse()
         while pieces:
-            parts.append(to_json(pieces.pop())[1:-1])
-        parts.append(b'"')
-    return [*parts, rest]
+            if len(blocks[-1]) > BLOCK:
+                blocks.append(bytearray())
+            blocks[-1] += to_json(pieces.pop())[1:-1]
+        blocks[-1] += b'"'
+    blocks[-1] += rest
+    return [bytes(blocks.pop(0)) for _ in range(len(blocks))]
+
+
+BLOCK = 64 * 1024  # bytes that are sent at once, at least: deltas are a few bytes each
 
 
 def marker() -> str:
@@ -3350,13 +3401,29 @@ def plain_path(path: str) -> str:
 
 
 def check_host(config: Config, head: Head) -> None:
-    """A page that rebinds its own name to 127.0.0.1 still sends that name."""
-    server = config.server
-    if server.host in ("0.0.0.0", "::") and config.keys:
+    """A page that rebinds its own name to 127.0.0.1 still sends that name. Without keys, other machines need a name
+    that was allowed by hand: what they say in Host is up to them."""
+    server, remote = config.server, head.environ.get("REMOTE_ADDR", "")
+    if server.host in WILDCARDS and config.keys:
         return
+    own = {"localhost", "127.0.0.1", "::1", server.host.lower()}
+    near = is_loopback(remote) or remote == server.host
     name = host_name(head.get("Host"))
-    if name not in {"localhost", "127.0.0.1", "::1", server.host.lower(), *map(str.lower, server.allowed_hosts)}:
-        raise Forbidden(f'the Host "{name}" is not allowed; add it to server.allowed_hosts if it is yours')
+    if name not in {*map(str.lower, server.allowed_hosts), *(own if near or config.keys else ())}:
+        raise Forbidden(f'the Host "{name}" is not allowed'
+                        + ("" if near else " for another machine, without API keys")
+                        + "; add it to server.allowed_hosts if it is yours")
+
+
+WILDCARDS = ("0.0.0.0", "::", "*")
+
+
+def is_loopback(address: str) -> bool:
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def host_name(host: str) -> str:
@@ -3382,8 +3449,8 @@ def check_key(config: Config, head: Head) -> None:
     if not config.keys or head.path in OPEN_PATHS:
         return
     scheme, _, token = head.get("Authorization").partition(" ")
-    sent = head.get("X-Api-Key") or (token.strip() if scheme.lower() == "bearer" else "")
-    given = [hmac.compare_digest(sent.encode("latin-1"), key.encode()) for key in config.keys]
+    sent = (head.get("X-Api-Key"), token.strip() if scheme.lower() == "bearer" else "")
+    given = [hmac.compare_digest(one.encode("latin-1"), key.encode()) for one in sent for key in config.keys]
     if not any(given):
         raise Unauthorized("send one of the server's API keys as X-Api-Key or as Authorization: Bearer")
 
@@ -3407,7 +3474,9 @@ BLOCKED_PREFIXES = ("/etc", "/var/run", "/var/lock", "/root", "/sys", "/proc", "
 def allowed_workdir(asked: Optional[str], config: Config, at: str) -> str:
     """The directory that a run starts in, symlinks resolved: what was asked for, else the server's own."""
     if asked is None:
-        return os.getcwd()
+        if not os.path.isdir(config.here):
+            raise Invalid([Problem(f"{at}.workdir", "is required: the server's own directory is gone")])
+        return config.here
     if not os.path.isabs(asked):
         raise Invalid([Problem(f"{at}.workdir", "must be an absolute path", asked)])
     resolved, home = os.path.realpath(asked), os.path.realpath(config.environ.get("HOME") or os.path.expanduser("~"))
@@ -3466,7 +3535,7 @@ class Server:
         self.slots = Slots(config.server.max_concurrent_runs, config.server.max_waiting_runs)
         self.children = Children(config.server.max_output_bytes)
         self.programs: Dict[str, Tuple[float, Optional[List[str]]]] = {}  # backend -> when looked up, what was found
-        self.versions: Dict[str, str] = {}
+        self.versions = {name: __version__ for name in config.backends if issubclass(kind_of(name), InProcess)}
 
     def bound(self, port: int) -> None:
         """The port that was found, if any free one was asked for."""
@@ -3491,7 +3560,8 @@ class Server:
         program = self.program(name)
         if program is None:
             command = command_of(name, self.config)[0]
-            raise BackendUnavailable(f'{name} is not installed: no "{command}" on PATH. Install it, or set '
+            hint = " (a program and its arguments must be a list)" if " " in command else ""
+            raise BackendUnavailable(f'{name} is not installed: no "{command}" on PATH{hint}. Install it, or set '
                                      f"backends.{name}.command")
         return kind_of(name)(name, program, self.config, self.versions.get(name, ""))
 
@@ -3516,17 +3586,23 @@ class Server:
         stop.allow(request.timeout_secs)
         events = planned(request, backend) if request.dry_run else \
             run(request, backend, self.children, self.slots, stop)
-        return Started(events, request, backend.ignored(request))
+        return Started(events, request, [*backend.ignored(request), *(["metadata"] if request.metadata else [])])
 
     def empty_directory(self) -> str:
         """Where the model way runs: clinvk's own, with nothing in it that a CLI could read."""
-        return str(own_directory(self.config, "empty"))
+        directory = own_directory(self.config, "empty")
+        if os.listdir(directory):
+            raise BackendUnavailable(f"{directory} must be empty, for CLIs read what lies in it: remove its files")
+        return str(directory)
 
     def look_up_versions(self) -> None:
         """Ask each installed CLI for its version; a thread of its own calls this once."""
-        for name in self.runnable():
-            while self.slots.active and not self.closing.wait(TICK):
-                pass  # a run must not be slowed by it
+        for name in set(self.runnable()) - set(self.versions):
+            patience_ends = time.monotonic() + self.VERSION_SECS
+            while self.slots.active and time.monotonic() < patience_ends:
+                self.closing.wait(TICK)  # a run must not be slowed by it, if it can be helped
+            if self.closing.is_set():
+                return
             stop = Stop(closing=self.closing).allow(self.VERSION_SECS)
             asking = functools.partial(output_of, self.children, stop)
             try:
@@ -3598,7 +3674,7 @@ def prompt(server: Server, call: Call) -> Answer:
     """Run one prompt on one backend."""
     started = server.start(call.body, call.stop, at="body", prompt_at="body.prompt")
     asked = Asked(started.request.model, len(started.request.prompt), request_id=call.request_id)
-    renderer = Native(asked, started.request.backend, [*started.ignored, *(["metadata"] if call.body.metadata else [])])
+    renderer = Native(asked, started.request.backend, started.ignored)
     if started.request.streams:
         return streamed(started.events, renderer, {}, until=Event)
     return collected(started.events, renderer, {})
@@ -3644,10 +3720,19 @@ def streamed(events: Events, renderer: Renderer, headers: Mapping[str, str], unt
                 break
             if isinstance(event, Failure):
                 raise event.error
-    body = renderer.stream(itertools.chain(begun, events))
+    body = renderer.stream(itertools.chain(begun, to_the_end(events)))
     stream_headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return Answer(body, content_type=renderer.stream_type, headers={**headers, **stream_headers},
                   close=events.close)
+
+
+def to_the_end(events: Events) -> Iterator[Event]:
+    """`events`, and the end that a stream must have if the run can not even be started."""
+    try:
+        yield from events
+    except ClinvkError as error:
+        yield Failure(error)
+        yield Done(-1)
 
 
 def collected(events: Events, renderer: Renderer, headers: Mapping[str, str], *, fails: bool = False) -> Answer:
@@ -3668,6 +3753,12 @@ def closed_on_error(events: Events) -> Iterator[None]:
         raise
 
 
+@route("POST", "/openai/v1/responses", "/v1/responses")
+def responses(server: Server, call: Call) -> Answer:
+    """OpenAI's responses: to come."""
+    raise BadRequest(f"the responses API can not be used in clinvk {__version__} yet; use chat/completions")
+
+
 @route("GET", "/api/v1/backends")
 def backends(server: Server, call: Call) -> Answer:
     """Every configured backend, and whether it can run."""
@@ -3685,15 +3776,15 @@ def health(server: Server, call: Call) -> Answer:
     """Whether the server can do its work."""
     names = [n for n in server.config.names() if server.config.backends[n].enabled]
     available = {name: server.program(name) is not None for name in names}
-    seconds = time.time() - server.began
-    slots = server.slots
+    seconds, slots = time.time() - server.began, server.slots
     return json_answer({
-        "status": "ok" if all(available.values()) else "degraded", "version": __version__, "uptime": spoken(seconds),
-        "uptime_ms": round(1000 * seconds), "backends": [{"name": n, "available": a} for n, a in available.items()],
+        "status": "ok" if all(available.values()) else "degraded", "version": __version__,
+        "uptime": uptime_text(seconds), "uptime_ms": round(1000 * seconds),
+        "backends": [{"name": name, "available": there} for name, there in available.items()],
         "runs": {"active": slots.active, "waiting": len(slots.waiting), "limit": slots.limit}})
 
 
-def spoken(seconds: float) -> str:
+def uptime_text(seconds: float) -> str:
     """151 -> `2m31s`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -3757,9 +3848,7 @@ def count_tokens(server: Server, call: Call) -> Answer:
     """An estimate, and the answer says so: no CLI counts tokens without a run."""
     request = call.body
     backend_of(request.model, server.config)
-    texts = [request.system, *(m.content for m in request.messages), *request.tools]
-    characters = sum(len(t) if isinstance(t, str) else len(json.dumps(t, default=vars)) for t in texts if t)
-    return json_answer({"input_tokens": max(1, estimate(characters))}, X_Clinvk_Estimate="true")
+    return json_answer({"input_tokens": max(1, estimate(request.characters()))}, X_Clinvk_Estimate="true")
 
 
 @route("GET", "/", "/anthropic", "/openai/v1")
@@ -3791,6 +3880,7 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
         began, head = time.monotonic(), Head(environ)
         request_id = request_id_of(head.get("X-Request-Id"))
         environ[STOP] = Stop(environ.get("waitress.client_disconnected", lambda: False), server.closing)
+        environ[WRITE_TIMEOUT] = server.config.server.write_timeout_secs
         answer = told(server, router, head, request_id)
         answer.headers.update({"X-Request-Id": request_id, "request-id": request_id})
         start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", list(answer.headers.items()))
@@ -3801,6 +3891,7 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
 
 
 STOP = "clinvk.stop"  # the request's Stop in WSGI's environ
+WRITE_TIMEOUT = "clinvk.write_timeout"  # seconds
 
 
 class Sent:
@@ -3906,13 +3997,18 @@ def log_request(head: Head, answer: Answer, request_id: str, seconds: float) -> 
 
 
 class Task(waitress.task.WSGITask):
-    """Waits for a client that reads slowly, but not longer than its run may take: waitress would, for ever."""
+    """Waits for a client that reads slowly, but neither longer than its run may take, nor longer than
+    write_timeout_secs without a byte taken: waitress would wait for ever."""
 
     def write(self, data: bytes) -> None:
-        channel, stop = self.channel, self.environ[STOP]
+        channel, stop, write_timeout = self.channel, self.environ[STOP], self.environ[WRITE_TIMEOUT]
+        unsent, taken_at = channel.total_outbufs_len, time.monotonic()
         with channel.outbuf_lock:
             while channel.connected and channel.total_outbufs_len > channel.adj.outbuf_high_watermark:
-                if stop.error():
+                if channel.total_outbufs_len < unsent:
+                    unsent, taken_at = channel.total_outbufs_len, time.monotonic()
+                if stop.error() or time.monotonic() - taken_at > write_timeout:
+                    channel.will_close = True
                     raise waitress.channel.ClientDisconnected
                 channel.server.pull_trigger()
                 channel.outbuf_lock.wait(TICK)
@@ -3945,6 +4041,16 @@ class RefusedByWaitress(waitress.task.ErrorTask):
 class Channel(waitress.channel.HTTPChannel):
     task_class = Task
     error_task_class = RefusedByWaitress
+    HANG_UP = getattr(select, "POLLRDHUP", 0)  # Linux; a full close is told without being asked for
+
+    def check_client_disconnected(self) -> bool:
+        """Asks the socket itself: waitress does not look at it while further requests wait in it."""
+        if self.connected and hasattr(select, "poll"):
+            poll = select.poll()
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # it is being closed just now
+                poll.register(self.socket.fileno(), self.HANG_UP)
+                return bool(poll.poll(0))
+        return not self.connected
 
 
 def listen(server: Server) -> Any:
@@ -3953,13 +4059,16 @@ def listen(server: Server) -> Any:
     limit = settings.max_request_body_bytes + 1 if settings.max_request_body_bytes else sys.maxsize  # the first refused
     # A thread is held for a request's whole life; waiting and running ones must leave room for the rest.
     threads = settings.max_concurrent_runs + settings.max_waiting_runs + 16
-    waitress.server.TcpWSGIServer.channel_class = Channel
-    return waitress.server.create_server(
-        make_app(server), host=settings.host, port=settings.port, threads=threads, ident="clinvk",
+    sockets: Dict[int, Any] = {}
+    listening = waitress.server.create_server(
+        make_app(server), map=sockets, host=settings.host, port=settings.port, threads=threads, ident="clinvk",
         channel_request_lookahead=1, connection_limit=1000, asyncore_use_poll=hasattr(select, "poll"),
         max_request_body_size=limit,
         outbuf_high_watermark=2**20,  # waitress 3.0.2 keeps as much of what it has sent, too, per connection
-        channel_timeout=round(settings.idle_timeout_secs), clear_untrusted_proxy_headers=True)
+        channel_timeout=math.ceil(settings.idle_timeout_secs), cleanup_interval=1, clear_untrusted_proxy_headers=True)
+    for each in sockets.values():
+        each.channel_class = Channel
+    return listening
 
 
 # ==== Command line ================================================================================
@@ -4011,10 +4120,12 @@ def serve(options: argparse.Namespace) -> int:
     flags = {f"server.{name}": value for name, value in (("host", options.host), ("port", options.port))
              if value is not None}
     set_up_logging()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))  # until there is a server to stop
     try:
         config = load_config(options.config, os.environ, flags)
         server = Server(config)
-        server.empty_directory()
+        own_directory(config, "empty")
         sweep(config)
     except ConfigError as error:
         return refused(str(error))
@@ -4022,7 +4133,7 @@ def serve(options: argparse.Namespace) -> int:
         return refused(f"{error.filename}: {error.strerror}. Choose another directory with CLINVK_HOME")
     try:
         listening = listen(server)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: no more threads
         return refused(f"can not listen on {config.server.host}:{config.server.port}: "
                        f"{getattr(error, 'strerror', None) or error}. Choose another with --host or --port")
     server.bound(address_of(listening)[1])
@@ -4069,6 +4180,9 @@ def announce(config: Config, listening: Any) -> None:
     for kind, paths in ways_in().items():
         print(f"  {kind + ':':<15} {', '.join(paths)}")
     print("\nPress Ctrl+C to stop", flush=True)
+    if without_effect(config):
+        print(f"clinvk: warning: without effect in clinvk {__version__} yet: {', '.join(without_effect(config))}",
+              file=sys.stderr, flush=True)
     if host not in ("127.0.0.1", "::1") and not config.keys:
         print(f"clinvk: warning: {host} can be reached from other machines, and there are no API keys: whoever reaches "
               "it could run your CLIs. Other machines get 403 until server.allowed_hosts or CLINVK_API_KEYS is set.",

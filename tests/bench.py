@@ -97,8 +97,7 @@ def by_hand(backend: str, program: str, prompt: str, folder: Path) -> float:
     seconds = time.perf_counter() - began
     process.kill()
     process.wait()
-    if command.scratch:
-        shutil.rmtree(command.scratch)
+    speaker.clean_up()
     return seconds
 
 

@@ -229,3 +229,11 @@ def test_anthropic_python_raises_on_a_failure_in_mid_stream() -> None:
         for text in stream.text_stream:
             heard.append(text)
     assert heard == ["Hel"]
+
+
+def test_tokens_of_a_text_are_estimated_alike_as_a_string_and_as_a_block(client: Any) -> None:
+    contents = ["hello world", [{"type": "text", "text": "hello world"}]]
+    told = [client.call("POST", "/anthropic/v1/messages/count_tokens",
+                        {"model": "echo", "messages": [{"role": "user", "content": content}]}) for content in contents]
+    assert [reply.json for reply in told] == [{"input_tokens": 3}] * 2
+    assert told[0].headers["x-clinvk-estimate"] == "true"

@@ -718,7 +718,7 @@ def test_claude_the_model_way_has_no_tools_and_none_of_the_users_files(config: C
     command = backend_of("claude", config).command(request)
     assert command.argv == ["/bin/claude", *CLAUDE_LINE, "--model", "opus", "--safe-mode", "--strict-mcp-config",
                             "--tools", "", "--disable-slash-commands"]
-    assert (command.cwd, command.scratch) == ("/empty", None)
+    assert command.cwd == "/empty"
     assert set(command.env.items()) - set(config.environ.items()) == {("CLAUDE_CODE_DISABLE_ATTACHMENTS", "1")}
 
 
@@ -776,7 +776,7 @@ def test_gemini_is_told_model_and_sandbox_on_the_command_line(fields: Any, tail:
     session = [] if fields.get("isolated") else ["--session-id", backend.first_session]  # so that it can be removed
     assert command.argv == ["/bin/gemini", "--acp", "--skip-trust", *session, *tail]
     assert (command.env["GEMINI_CLI_NO_RELAUNCH"], command.env["NO_BROWSER"]) == ("true", "true")
-    own = command.scratch and str(command.scratch) if fields.get("isolated") else None
+    own = str(backend.scratch) if fields.get("isolated") else None
     assert command.env.get("GEMINI_CLI_HOME") == own
 
 
@@ -843,7 +843,8 @@ AGENT_ONLY = ["approval_mode", "sandbox_mode", "max_turns", "allowed_tools"]
 
 
 @pytest.mark.parametrize("name, fields, names", [
-    ("claude", {}, []), ("claude", EVERYTHING, ["verbose"]),
+    ("claude", {}, []), ("claude", EVERYTHING, ["sandbox_mode", "verbose"]),
+    ("claude", {"sandbox_mode": "full", "approval_mode": "auto"}, ["approval_mode"]),
     ("claude", {**EVERYTHING, "isolated": True}, [*AGENT_ONLY, "verbose"]),
     ("claude", {"effort": "none"}, ["reasoning_effort"]), ("claude", {"effort": "extreme"}, ["reasoning_effort"]),
     ("codex", {}, []), ("codex", EVERYTHING, ["max_tokens", "max_turns", "allowed_tools", "verbose", "thinking"]),
@@ -902,8 +903,9 @@ def test_the_model_way_of_gemini_sees_the_login_our_settings_and_nothing_else(tm
                     GEMINI__md="SECRET", trustedFolders__json="{}", google_accounts__json="{}")
     (tmp_path / "home" / ".env").write_text("GEMINI_API_KEY=k")
     request = request_of("gemini", isolated=True, model="gemini-2.5-pro", max_tokens=77, system_prompt="Be brief.")
-    command = backend_of("gemini", config).command(request)
-    home = command.scratch
+    backend = backend_of("gemini", config)
+    command = backend.command(request)
+    home = backend.scratch
     assert home and command.env["GEMINI_CLI_HOME"] == command.env["TMPDIR"] == str(home)
     assert sorted(path.name for path in home.iterdir()) == [".env", ".gemini", "system.md"]
     inside = {path.name: path for path in (home / ".gemini").iterdir()}
@@ -929,9 +931,10 @@ def test_the_model_way_of_gemini_takes_the_users_model(tmp_path: Path) -> None:
 
 def test_the_agent_way_of_gemini_keeps_the_users_home(tmp_path: Path) -> None:
     config = config_of(tmp_path / "home")
-    command = backend_of("gemini", config).command(request_of("gemini"))
-    assert command.scratch and list(command.scratch.iterdir()) == []
-    assert command.env["GEMINI_DEBUG_LOG_FILE"] == str(command.scratch / "debug.log")
+    backend = backend_of("gemini", config)
+    command = backend.command(request_of("gemini"))
+    assert backend.scratch and list(backend.scratch.iterdir()) == []
+    assert command.env["GEMINI_DEBUG_LOG_FILE"] == str(backend.scratch / "debug.log")
     assert {"GEMINI_CLI_HOME", "GEMINI_SYSTEM_MD"}.isdisjoint(command.env)
 
 
@@ -984,8 +987,9 @@ def test_what_gemini_stores_of_an_agent_run_is_removed(tmp_path: Path) -> None:
 def test_a_429_that_gemini_only_writes_to_its_debug_log_ends_the_run(tmp_path: Path) -> None:
     backend = backend_of("gemini", config_of(tmp_path / "home"))
     assert list(backend.look()) == []
-    scratch = backend.command(request_of("gemini")).scratch
-    assert list(backend.look()) == []
+    backend.command(request_of("gemini"))
+    scratch = backend.scratch
+    assert scratch and list(backend.look()) == []
     shutil.copy(LINES / "gemini" / "error_429.stderr", scratch / "debug.log")
     with pytest.raises(RateLimited):
         list(backend.look())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
 import pytest
-from conftest import REPO
+from conftest import REPO, eventually
 
 import clinvk
 
@@ -284,20 +284,26 @@ def test_backends_that_can_not_be_are_refused(refusal: Refusal, tmp_path: Path, 
     assert line.startswith(f"{tmp_path / 'clinvk.yaml'}: ") and all(word in line for word in told)
 
 
-NOT_DEFAULT = {"api_keys_gopass_path": "a/b", "rate_limit_enabled": True, "trusted_proxies": ["10.0.0.1"],
-               "cors_allowed_origins": ["http://localhost:3000"], "cors_allow_credentials": True,
-               "metrics_enabled": True, "spares_at_start": True}
+def test_settings_without_effect_yet_are_named_at_the_start(serve: Callable[..., Any]) -> None:
+    server = serve(config={"server": {"metrics_enabled": True, "max_waiting_runs": 3}, "parallel": {"max_workers": 7}})
+    told = eventually(lambda: re.search("warning: without effect .*: (.*)", server.stderr))
+    assert told.group(1) == "server.metrics_enabled, parallel.max_workers"
 
 
-@pytest.mark.parametrize("key", getattr(clinvk, "NOT_YET", ()))
-def test_a_setting_without_effect_yet_is_refused_not_ignored(refusal: Refusal, tmp_path: Path, key: str) -> None:
-    line = refusal(f"server: {{{key}: {NOT_DEFAULT[key]}}}".replace("True", "true"))
-    assert line.startswith(f"{tmp_path / 'clinvk.yaml'}: server.{key} ") and "no effect" in line
+def test_every_setting_without_effect_yet_is_one_of_the_config() -> None:
+    assert clinvk.without_effect(clinvk.Config()) == []
 
 
-@pytest.mark.skipif("api_keys_gopass_path" not in getattr(clinvk, "NOT_YET", ()), reason="the setting has its effect")
 def test_keys_of_gopass_do_not_leave_the_server_open_without_a_word(refusal: Refusal) -> None:
     assert refusal(CLINVK_API_KEYS_GOPASS_PATH="a/b").startswith("CLINVK_API_KEYS_GOPASS_PATH: ")
+
+
+@pytest.mark.parametrize("text, told", [
+    ("server: {blocked_workdir_prefixes: ['~/secret']}", "must be an absolute path"),
+    ("backends: {claude: {command: ['']}}", "must not be empty"),
+    ("backends: {claude: {env: {'A=B': x}}}", "a name has no '='")])
+def test_what_would_fail_or_not_count_at_every_run_stops_the_start(refusal: Refusal, text: str, told: str) -> None:
+    assert told in refusal(text)
 
 
 def test_a_line_that_refuses_holds_no_text_of_many_lines(refusal: Refusal) -> None:

@@ -1,5 +1,6 @@
 """Who may come in: Host, Origin, keys, content type; working directories and flags (SPEC 7)."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
@@ -329,3 +330,20 @@ def test_no_flag_that_the_server_decides_can_be_passed(backend: str, flags: List
         for extra in ([flag], [flag, "x"], [flag + "=x"]):
             with pytest.raises(clinvk.Forbidden):
                 clinvk.check_flags(extra, allowed, backend)
+
+
+@pytest.mark.parametrize("server, keys, remote, host, passes", [
+    ({"host": "0.0.0.0"}, "", "127.0.0.1", "localhost", True),
+    ({"host": "0.0.0.0"}, "", "10.0.0.2", "localhost", False),  # Host is what the caller likes
+    ({"host": "0.0.0.0", "allowed_hosts": ["box"]}, "", "10.0.0.2", "box", True),
+    ({"host": "0.0.0.0"}, "k", "10.0.0.2", "anything", True),
+    ({"host": "10.0.0.1"}, "", "10.0.0.2", "10.0.0.1", False),
+    ({"host": "10.0.0.1"}, "", "10.0.0.1", "10.0.0.1", True),
+    ({"host": "10.0.0.1"}, "k", "10.0.0.2", "10.0.0.1", True),
+    ({"host": "::"}, "", "::ffff:127.0.0.1", "localhost", True)])
+def test_other_machines_need_keys_or_a_name_that_was_allowed(
+        make_client: Callable[..., Any], server: Any, keys: str, remote: str, host: str, passes: bool) -> None:
+    config = make_client({"server": server}, CLINVK_API_KEYS=keys).server.config
+    head = clinvk.Head({"REQUEST_METHOD": "GET", "PATH_INFO": "/", "HTTP_HOST": host, "REMOTE_ADDR": remote})
+    with contextlib.nullcontext() if passes else pytest.raises(clinvk.Forbidden):
+        clinvk.check_host(config, head)

@@ -153,7 +153,7 @@ def test_no_text_breaks_the_stream_into_other_lines(text: str) -> None:
 
 @pytest.mark.parametrize("error, status, kind, code, param", [
     (Invalid([Problem("messages[0].role", "must be one of")]), 400, "invalid_request_error", None, "messages[0].role"),
-    (UnknownModel("no"), 404, "invalid_request_error", "model_not_found", None),
+    (UnknownModel("no"), 404, "invalid_request_error", "model_not_found", "model"),
     (BackendAuth("log in"), 401, "authentication_error", "backend_auth", None),
     (RateLimited("slow"), 429, "rate_limit_error", "rate_limit_exceeded", None),
     (BackendUnavailable("full"), 503, "api_error", "backend_unavailable", None),
@@ -307,3 +307,8 @@ def test_other_events_pass_unchanged() -> None:
 def test_a_stop_sequence_may_lie_across_two_messages_of_an_agent_run(stops: List[str]) -> None:
     text = whole(cut(stops, AGENT))["choices"][0]["message"]["content"]
     assert text == "I will look.\n\nDone.".partition(stops[0])[0]
+
+
+def test_a_whole_answer_is_sent_in_few_blocks_however_many_pieces_it_came_in() -> None:
+    blocks = clinvk.spliced({"text": "T", "rest": 1}, {"T": ["ab"] * 100_000})
+    assert 1 < len(blocks) < 6 and json.loads(b"".join(blocks)) == {"text": "ab" * 100_000, "rest": 1}

@@ -94,7 +94,7 @@ def test_a_body_that_is_no_object_is_named_as_the_body(value: Any) -> None:
 
 
 @pytest.mark.parametrize("messages, place", [
-    ([], "messages"), (None, "messages"), ({}, "messages"), ([1], "messages[0]"), ([{}], "messages[0].role"),
+    ({}, "messages"), ([1], "messages[0]"), ([{}], "messages[0].role"),
     ([{"role": "boss"}], "messages[0].role"), ([{"role": "user", "content": 1}], "messages[0].content"),
     ([{"role": "user", "content": [{"type": "text"}, {"type": 1}]}], "messages[0].content[1].type"),
     ([{"role": "user", "content": ["text"]}], "messages[0].content[0]"),
@@ -102,6 +102,14 @@ def test_a_body_that_is_no_object_is_named_as_the_body(value: Any) -> None:
      "messages[0].tool_calls[0].function.arguments")])
 def test_a_fault_deep_in_a_conversation_is_named_by_its_path(messages: Any, place: str) -> None:
     assert [p for p, _ in problems(clinvk.ChatRequest, {"model": "echo", "messages": messages})] == [place]
+
+
+@pytest.mark.parametrize("body, place", [({}, "messages"), ({"messages": []}, "messages"), ({"input": "hi"}, "input"),
+                                         ({"messages": [{"role": "system", "content": "s"}]}, "messages")])
+def test_a_chat_without_a_message_of_the_user_is_refused(body: Any, place: str, config: clinvk.Config) -> None:
+    with pytest.raises(clinvk.Invalid) as refused:
+        clinvk.check(clinvk.ChatRequest, {"model": "echo", **body}).to_prompt(config)
+    assert [problem.location for problem in refused.value.problems] == [place]
 
 
 def test_an_open_model_takes_unknown_fields_and_keeps_their_names() -> None:

@@ -535,6 +535,59 @@ def test_a_run_is_ended_in_time_though_its_client_reads_nothing(stage: Stage) ->
     asking.leave()
 
 
+def test_a_client_that_takes_nothing_of_a_finished_answer_is_dropped_in_time(stage: Stage) -> None:
+    server = stage.start("say('x' * 20_000_000)", write_timeout_secs=1)
+    asking = Asking(server)
+    eventually(lambda: "POST /api/v1/prompt" in server.stderr, 20)  # logged when the server is done with it
+    asking.leave()
+
+
+def test_a_client_that_has_sent_its_next_requests_and_left_is_noticed(stage: Stage) -> None:
+    asking = Asking(stage.start(TALKING))
+    asking.socket.sendall(2 * b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    family = stage.family()
+    asking.leave()
+    eventually(lambda: not alive(family), GONE)
+
+
+def test_time_that_is_up_in_the_line_is_a_504_however_long_that_was(
+        make_client: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clinvk, "SILENCE", 0.2)
+    client = make_client({"server": {"max_concurrent_runs": 1}})
+    assert list(client.server.slots.take(clinvk.Stop())) == []  # the only slot
+    for path, body in (("/api/v1/prompt", {"backend": "echo", "prompt": "p", "timeout_secs": 1}),
+                       ("/v1/messages", {"model": "echo", "max_tokens": 1, "clinvk": {"timeout_secs": 1},
+                                         "messages": [{"role": "user", "content": "p"}]})):
+        assert client.call("POST", path, body).status == 504
+    streamed = client.call("POST", "/api/v1/prompt", {"backend": "echo", "prompt": "p", "timeout_secs": 1,
+                                                      "output_format": "stream-json"})
+    assert [line["type"] for line in streamed.lines][-3:] == ["progress", "error", "done"]
+
+
+def test_a_run_without_a_process_is_ended_in_time_too(client: Any) -> None:
+    reply = client.call("POST", "/api/v1/prompt", {"backend": "echo", "prompt": "a " * 1000, "timeout_secs": 1e-6})
+    assert (reply.status, reply.json["exit_code"]) == (200, -1) and "time is up" in reply.json["error"]
+    assert client.server.slots.active == 0
+
+
+def test_the_model_way_needs_an_empty_directory(client: Any) -> None:
+    (clinvk.own_directory(client.server.config, "empty") / "AGENTS.md").touch()
+    reply = client.call("POST", "/openai/v1/chat/completions",
+                        {"model": "echo", "messages": [{"role": "user", "content": "hi"}]})
+    assert reply.status == 503 and "must be empty" in reply.json["error"]["message"]
+
+
+def test_a_server_whose_directory_is_gone_asks_for_another_one(
+        make_client: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    client = make_client()
+    (tmp_path / "here").rmdir()
+    told = [client.call("POST", "/api/v1/prompt", {"backend": "echo", "prompt": "p", **more})
+            for more in ({}, {"workdir": str(tmp_path)})]
+    assert [reply.status for reply in told] == [422, 200] and "body.workdir" in told[0].json["detail"]
+
+
 def test_a_cli_that_prints_too_much_is_ended(stage: Stage) -> None:
     server = stage.start("note('pid')\nwhile True:\n    say('x' * 1000)", max_output_bytes=100_000)
     reply = Asking(server).reply()
