@@ -188,12 +188,14 @@ Model = TypeVar("Model")
 
 def param(default: Any = dataclasses.MISSING, *, doc: str = "", minimum: Optional[float] = None,
           maximum: Optional[float] = None, above: Optional[float] = None, choices: Sequence[Any] = (),
-          longest: Optional[int] = None, not_empty: bool = False, free_text: bool = False) -> Any:
+          longest: Optional[int] = None, not_empty: bool = False, free_text: bool = False,
+          flag_value: bool = False) -> Any:
     """A field that may come over the wire. `default` is a value, or list, dict or a dataclass to make one of.
 
-    `free_text` is for what never reaches a command line or a file name: NUL is allowed in it."""
-    rules = {"doc": doc, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices,
-             "longest": longest, "not_empty": not_empty, "free_text": free_text, "wire": True}
+    `free_text` is for what never reaches a command line or a file name: NUL is allowed in it. `flag_value` is for what
+    follows a flag there: it must not be taken for another one."""
+    rules = {"doc": doc, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices, "longest": longest,
+             "not_empty": not_empty, "free_text": free_text, "flag_value": flag_value, "wire": True}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=rules)
     return dataclasses.field(default=default, metadata=rules)
@@ -337,6 +339,8 @@ def json_type(kind: Any) -> str:
 def text_fault(value: str, rules: Mapping[str, Any]) -> str:
     if rules["not_empty"] and not value:
         return "must not be empty"
+    if rules["flag_value"] and value.startswith("-"):
+        return "must not begin with a dash"
     if "\0" in value and not rules["free_text"]:
         return "must not contain a NUL character"
     return ""
@@ -614,7 +618,8 @@ class PromptRequest:
     """SPEC 2.1. None is "not said": `settled` puts the config's value there."""
     backend: str = param(not_empty=True, doc="a configured backend's name")
     prompt: str = param(not_empty=True, free_text=True)
-    model: Optional[str] = param(None, doc="passed to the CLI; fast, balanced and best are aliases from config")
+    model: Optional[str] = param(None, flag_value=True,
+                                 doc="passed to the CLI; fast, balanced and best are aliases from config")
     workdir: Optional[str] = param(None, doc="absolute path of an existing directory")
     session_id: Optional[str] = param(None, doc="continue that session")
     ephemeral: bool = param(False, doc="nothing is stored")
@@ -624,7 +629,7 @@ class PromptRequest:
     max_tokens: Optional[int] = param(None, minimum=0)
     max_turns: Optional[int] = param(None, minimum=0)
     system_prompt: Optional[str] = param(None, free_text=True)
-    allowed_tools: Optional[str] = param(None, doc="comma-separated")
+    allowed_tools: Optional[str] = param(None, flag_value=True, doc="comma-separated")
     verbose: Optional[bool] = param(None)
     dry_run: Optional[bool] = param(None)
     extra: List[str] = param(list, doc="further CLI flags, as the backend's list allows")

@@ -347,3 +347,12 @@ def test_other_machines_need_keys_or_a_name_that_was_allowed(
     head = clinvk.Head({"REQUEST_METHOD": "GET", "PATH_INFO": "/", "HTTP_HOST": host, "REMOTE_ADDR": remote})
     with contextlib.nullcontext() if passes else pytest.raises(clinvk.Forbidden):
         clinvk.check_host(config, head)
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/api/v1/prompt", {"backend": "echo", "prompt": "p", "model": "--yolo"}),
+    ("/api/v1/prompt", {"backend": "echo", "prompt": "p", "allowed_tools": "--dangerously-skip-permissions"}),
+    ("/v1/chat/completions", {"model": "echo/--yolo", "messages": [{"role": "user", "content": "p"}]})])
+def test_no_value_can_be_taken_for_a_flag(client: Client, path: str, body: Dict[str, Any]) -> None:
+    reply = client.call("POST", path, body)
+    assert reply.status in (400, 422) and b"must not begin with a dash" in reply.body
