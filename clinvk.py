@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import platform
+import queue
 import re
 import select
 import shlex
@@ -483,7 +484,7 @@ NOT_YET = ("server.read_timeout_secs", "server.rate_limit_enabled", "server.rate
            "server.rate_limit_cleanup_secs", "server.trusted_proxies", "server.cors_allowed_origins",
            "server.cors_allow_credentials", "server.cors_max_age", "server.metrics_enabled", "server.spares",
            "server.spare_idle_secs", "server.spares_at_start", "server.live_conversations", "session.retention_days",
-           "session.store_token_usage", "session.default_tags", "parallel.max_workers", "parallel.fail_fast")
+           "session.store_token_usage", "session.default_tags")
 
 # Environment variable -> the key it sets.
 VARIABLES = {
@@ -645,6 +646,47 @@ class PromptRequest:
 
 
 @dataclass(frozen=True)
+class ParallelRequest:
+    """SPEC 2.2: several runs at once."""
+    tasks: List[PromptRequest] = param(not_empty=True, longest=100)
+    max_parallel: Optional[int] = param(None, minimum=1, doc="default: parallel.max_workers")
+    fail_fast: Optional[bool] = param(None, doc="default: parallel.fail_fast")
+    dry_run: bool = param(False)
+    stream: bool = param(False, doc="NDJSON: every task's events as they happen, and a summary at the end")
+
+
+@dataclass(frozen=True)
+class ChainStep(PromptRequest):
+    """One step: {{previous}} in its prompt is the last step's output."""
+    name: str = param("")
+    output_format: str = internal("default")
+
+
+@dataclass(frozen=True)
+class ChainRequest:
+    """SPEC 2.2: several runs, one after the other."""
+    steps: List[ChainStep] = param(not_empty=True, longest=100)
+    stop_on_failure: bool = param(False)
+    pass_working_dir: bool = param(False, doc="a step without a workdir runs in that of the step before")
+    pass_session_id: bool = param(False)
+    persist_sessions: bool = param(False)
+    dry_run: bool = param(False)
+    stream: bool = param(False)
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """SPEC 2.2: one prompt on several backends."""
+    backends: List[str] = param(not_empty=True, longest=100)
+    prompt: str = param(not_empty=True, free_text=True)
+    model: Optional[str] = param(None, flag_value=True)
+    workdir: Optional[str] = param(None)
+    sequential: bool = param(False)
+    dry_run: bool = param(False)
+    stream: bool = param(False)
+
+
+@dataclass(frozen=True)
 class Settled(PromptRequest):
     """A PromptRequest with nothing left open: what a backend gets. Empty text and 0 mean "the CLI's own"."""
     model: str = ""
@@ -671,7 +713,7 @@ def settled(request: PromptRequest, config: Config, workdir: str) -> Settled:
 
     def first(*values: Any) -> Any:
         return next((value for value in values if value is not None), None)
-    given = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
+    given = {f.name: getattr(request, f.name) for f in dataclasses.fields(PromptRequest)}
     given.update(
         model=model, workdir=workdir,
         approval_mode=first(request.approval_mode, backend.approval_mode or flags.approval_mode),
@@ -1152,6 +1194,7 @@ class Result:
         self.usage: Optional[Usage] = None
         self.failure: Optional[Failure] = None
         self.done = Done(-1)
+        self.ended = False
 
     def add(self, event: Event) -> None:
         if isinstance(event, Message):
@@ -1167,7 +1210,7 @@ class Result:
         elif isinstance(event, Failure):
             self.failure = event
         elif isinstance(event, Done):
-            self.done = event
+            self.done, self.ended = event, True
 
     @property
     def final(self) -> List[str]:
@@ -2528,15 +2571,16 @@ class Slots:
         self.waiting: Deque[threading.Event] = collections.deque()
         self.lock = threading.Lock()  # guards active and waiting
 
-    def take(self, stop: Stop) -> Iterator[Progress]:
+    def take(self, stop: Stop, *, admitted: bool = False) -> Iterator[Progress]:
         """Returns when a slot is ours; until then a Progress per SILENCE. Raises BackendUnavailable if the line is
-        full, and what `stop` says. A caller that closes this generator has left the line."""
+        full, unless the request is `admitted` already, and what `stop` says. A caller that closes this generator has
+        left the line."""
         turn = threading.Event()
         with self.lock:
             if self.active < self.limit and not self.waiting:
                 self.active += 1
                 return
-            if len(self.waiting) >= self.queue:
+            if len(self.waiting) >= self.queue and not admitted:
                 raise self.full()
             self.waiting.append(turn)
         try:
@@ -2544,6 +2588,12 @@ class Slots:
         except BaseException:
             self.leave(turn)
             raise
+
+    def admit(self) -> None:
+        """Let a request in whose runs then wait for their slots however long the line is; or raise."""
+        with self.lock:
+            if self.active >= self.limit and len(self.waiting) >= self.queue:
+                raise self.full()
 
     def full(self) -> BackendUnavailable:
         error = BackendUnavailable(
@@ -2776,7 +2826,8 @@ class Children:
             return self.changed.wait_for(lambda: not self.alive, seconds)
 
 
-def run(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop) -> Events:
+def run(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop, *,
+        admitted: bool = False) -> Events:
     """One prompt and its answer: wait for a slot, start the CLI, say the prompt, yield events, end it (SPEC 4).
 
     Yields the backend's events, a Progress per SILENCE, a Failure if the run failed, and one Done, always last.
@@ -2784,7 +2835,7 @@ def run(request: Settled, backend: Backend, children: Children, slots: Slots, st
     ends the CLI and all its descendants within 2 s; a client that leaves a silent CLI is noticed through `stop`."""
     started = time.monotonic()
     try:
-        with contextlib.closing(steps(request, backend, children, slots, stop)) as events:
+        with contextlib.closing(steps(request, backend, children, slots, stop, admitted=admitted)) as events:
             for event in events:
                 yield timed(event, started)
     except BackendAuth as error:  # not logged in is a failed run, whenever it is noticed
@@ -2801,8 +2852,9 @@ def timed(event: Event, started: float) -> Event:
     return event
 
 
-def steps(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop) -> Events:
-    yield from slots.take(stop)
+def steps(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop, *,
+          admitted: bool) -> Events:
+    yield from slots.take(stop, admitted=admitted)
     if isinstance(backend, InProcess):
         yield from in_process(backend.answer(request), slots, stop)
     else:
@@ -2985,6 +3037,100 @@ def targets(family: List[Process], told: Set[int]) -> Set[int]:
     return {-p.group if p.group in led else p.pid for p in family if p.pid not in told}
 
 
+# ==== Fan-out =====================================================================================
+# In: how to start each of several runs. Out: what they tell, as it happens.
+
+class Told(NamedTuple):
+    """An event, and the number of the run that it comes from, from 0."""
+    task: int
+    event: Event
+
+
+class TaskStop(Stop):
+    """The Stop of one run of several: it ends with the whole request, and when `halt` is set."""
+
+    def __init__(self, whole: Stop, halt: threading.Event) -> None:
+        super().__init__(closing=whole.closing)
+        self.whole, self.halt = whole, halt
+
+    def error(self) -> Optional[ClinvkError]:
+        if self.halt.is_set():
+            return Canceled("canceled")
+        return self.whole.error() or super().error()
+
+
+StartTask = Callable[[int, TaskStop], Events]
+
+
+def fan_out(count: int, start: StartTask, whole: Stop, *, workers: int,
+            fail_fast: bool) -> Generator[Told, None, None]:
+    """Run `count` tasks, in order, at most `workers` at once; yields what they tell, as it happens, one Done for each.
+
+    With `fail_fast` a failure ends the tasks that run, and those that wait are not started: both fail as "canceled".
+    Closing the generator ends them all."""
+    halt = threading.Event()
+    to_do: queue.SimpleQueue[int] = queue.SimpleQueue()
+    heard: queue.SimpleQueue[Told] = queue.SimpleQueue()
+    for task in range(count):
+        to_do.put(task)
+    crew = [threading.Thread(target=work, args=(to_do, heard, start, whole, halt), name="task", daemon=True)
+            for _ in range(min(workers, count))]
+    for thread in crew:
+        thread.start()
+    try:
+        left = count
+        while left:
+            told = heard.get()
+            left -= isinstance(told.event, Done)
+            if fail_fast and isinstance(told.event, Failure):
+                halt.set()
+            yield told
+    finally:
+        halt.set()
+        for thread in crew:
+            thread.join()
+
+
+def work(to_do: queue.SimpleQueue[int], heard: queue.SimpleQueue[Told], start: StartTask, whole: Stop,
+         halt: threading.Event) -> None:
+    """One thread of a fan-out: takes task after task, until there is none."""
+    while True:
+        try:
+            task = to_do.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            for event in one_task(task, start, TaskStop(whole, halt)):
+                heard.put(Told(task, event))
+        except Exception:
+            LOG.error("task %d: a defect of clinvk\n%s", task, traceback.format_exc())
+            heard.put(Told(task, Failure(ClinvkError("clinvk has a defect; its log tells more"))))
+            heard.put(Told(task, Done(-1)))
+
+
+def one_task(task: int, start: StartTask, stop: TaskStop) -> Events:
+    """The events of one run, whatever keeps it from running."""
+    try:
+        stop.check()
+        with contextlib.closing(start(task, stop)) as events:
+            yield from events
+    except ClinvkError as error:
+        yield Failure(error)
+        yield Done(-1)
+
+
+def in_turn(count: int, start: StartTask, whole: Stop, *, stop_on_failure: bool) -> Generator[Told, None, None]:
+    """Run `count` steps one after the other; with `stop_on_failure` those after a failed one are not run."""
+    for step in range(count):
+        failed = False
+        with contextlib.closing(one_task(step, start, TaskStop(whole, threading.Event()))) as events:
+            for event in events:
+                failed = failed or isinstance(event, Failure)
+                yield Told(step, event)
+        if failed and stop_on_failure:
+            return
+
+
 # ==== Renderers ===================================================================================
 # In: a Result, or events as they come. Out: the bytes of one API's answers, streams and errors.
 
@@ -3096,27 +3242,34 @@ class Native(Renderer):
         self.backend, self.ignored = backend, ignored
 
     def whole(self, result: Result) -> List[bytes]:
-        text, done = marker(), result.done
+        text = marker()
+        return spliced(self.answer(result, text), {text: result.final})
+
+    def answer(self, result: Result, output: str) -> Json:
+        """SPEC 2.1's answer; what does not apply is left out."""
+        done = result.done
         answer: Json = {"backend": self.backend, "model": result.init.model or self.asked.model,
-                        "exit_code": done.exit_code, "duration_ms": done.duration_ms, "output": text,
+                        "exit_code": done.exit_code, "duration_ms": done.duration_ms, "output": output,
                         "token_usage": result.usage and native_usage(result.usage), "cost_usd": done.cost_usd,
                         "error": result.failure and result.failure.error.whole, "ignored": list(self.ignored)}
-        kept = {name: value for name, value in answer.items() if value not in (None, "", [])}
-        return spliced(kept, {text: result.final})
+        return {name: value for name, value in answer.items() if value not in (None, "", [])}
 
     def stream(self, events: Iterator[Event]) -> Iterator[bytes]:
-        result, sequence = Result(), 0
-        for event in events:
+        result = Result()
+        for sequence, event in enumerate(events, 1):
             result.add(event)
-            sequence += 1
-            line = {"type": EVENT_NAMES[type(event)], "backend": self.backend, "session_id": "",
-                    "timestamp": utc(time.time()), "sequence": sequence}
+            yield from self.line(event, result, sequence=sequence)
             if isinstance(event, Done):
-                text = marker()
-                yield from spliced({**line, "content": done_content(result, text)}, {text: result.final})
-                yield b"\n"
                 return
-            yield to_json({**line, "content": event_content(event)}) + b"\n"
+
+    def line(self, event: Event, result: Result, **numbers: int) -> List[bytes]:
+        """An event as a line of NDJSON; `result` is what has been collected up to it."""
+        line = {"type": EVENT_NAMES[type(event)], "backend": self.backend, "session_id": "",
+                "timestamp": utc(time.time()), **numbers}
+        if not isinstance(event, Done):
+            return [to_json({**line, "content": event_content(event)}) + b"\n"]
+        text = marker()
+        return [*spliced({**line, "content": done_content(result, text)}, {text: list(result.final)}), b"\n"]
 
     @classmethod
     def error(cls, error: ClinvkError, request_id: str) -> Tuple[int, str, Json]:
@@ -3126,6 +3279,35 @@ class Native(Renderer):
         if status in (401, 429):
             body.update(error="unauthorized" if status == 401 else "too_many_requests", message=str(error))
         return status, "application/problem+json", body
+
+
+class Several:
+    """SPEC 2.2: the answers of several runs as one, whole or as NDJSON.
+
+    `summary` is given the results and an answer for each of them, and tells what stands around these."""
+
+    def __init__(self, natives: Sequence[Native], summary: Callable[[List[Result], List[Json]], Json]) -> None:
+        self.natives, self.summary = natives, summary
+        self.began = time.monotonic()
+        self.results = [Result() for _ in natives]
+
+    def whole(self, told: Iterable[Told], **more: Any) -> List[bytes]:
+        for task, event in told:
+            self.results[task].add(event)
+        texts = {marker(): result.final for result in self.results}
+        answers = [native.answer(result, text) for native, result, text in zip(self.natives, self.results, texts)]
+        around = self.summary(self.results, answers)
+        shown = {text: pieces for text, pieces in texts.items() if to_json(text) in to_json(around)}
+        return spliced({**more, **around, "total_duration_ms": round(1000 * (time.monotonic() - self.began))}, shown)
+
+    def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
+        sequence = 0
+        for task, event in told:
+            sequence += 1
+            self.results[task].add(event)
+            yield from self.natives[task].line(event, self.results[task], sequence=sequence, task=task)
+        yield from self.whole((), type="summary", sequence=sequence + 1)
+        yield b"\n"
 
 
 EVENT_NAMES = {Init: "init", Message: "message", Thinking: "thinking", ToolUse: "tool_use", ToolResult: "tool_result",
@@ -3570,14 +3752,16 @@ class Server:
                                      f"backends.{name}.command")
         return kind_of(name)(name, program, self.config, self.versions.get(name, ""))
 
-    def start(self, asked: PromptRequest, stop: Stop, *, at: str, prompt_at: str) -> Started:
+    def known_backend(self, name: str, at: str) -> None:
+        if name not in self.config.backends:
+            names = self.config.names()
+            raise Invalid([Problem(at, "must be one of " + ", ".join(names) + nearest(name, names), name)])
+
+    def start(self, asked: PromptRequest, stop: Stop, *, at: str, prompt_at: str, admitted: bool = False) -> Started:
         """Check what only the server can check, and hand back the run; nothing runs before its first event is asked
         for. Raises Invalid, UnknownModel, Forbidden and BackendUnavailable. `at` and `prompt_at` are the places of the
-        fields, and of the prompt, in the body."""
-        if asked.backend not in self.config.backends:
-            names = self.config.names()
-            raise Invalid([Problem(f"{at}.backend", "must be one of " + ", ".join(names)
-                                   + nearest(asked.backend, names), asked.backend)])
+        fields, and of the prompt, in the body; `admitted` is for a run of a request that is past the line."""
+        self.known_backend(asked.backend, f"{at}.backend")
         if asked.session_id is not None:
             raise not_yet(f"{at}.session_id", "sessions")
         backend = self.backend(asked.backend)
@@ -3590,7 +3774,7 @@ class Server:
             raise Invalid([Problem(prompt_at, fault)])
         stop.allow(request.timeout_secs)
         events = planned(request, backend) if request.dry_run else \
-            run(request, backend, self.children, self.slots, stop)
+            run(request, backend, self.children, self.slots, stop, admitted=admitted)
         return Started(events, request, [*backend.ignored(request), *(["metadata"] if request.metadata else [])])
 
     def empty_directory(self) -> str:
@@ -3683,6 +3867,108 @@ def prompt(server: Server, call: Call) -> Answer:
     if started.request.streams:
         return streamed(started.events, renderer, {}, until=Event)
     return collected(started.events, renderer, {})
+
+
+@route("POST", "/api/v1/parallel", body=ParallelRequest, where="body")
+def parallel(server: Server, call: Call) -> Answer:
+    """Several runs at once."""
+    request, settings = call.body, server.config.parallel
+    tasks = [ephemeral(task, request.dry_run, f"body.tasks[{i}]") for i, task in enumerate(request.tasks)]
+    natives = checked(server, call, tasks, "body.tasks")
+    told = fan_out(len(tasks), starter(server, tasks, "body.tasks"), call.stop,
+                   workers=request.max_parallel or settings.max_workers,
+                   fail_fast=settings.fail_fast if request.fail_fast is None else request.fail_fast)
+    return shown_as(told, Several(natives, counted), stream=request.stream)
+
+
+def counted(results: List[Result], answers: List[Json]) -> Json:
+    failed = sum(result.failure is not None for result in results)
+    return {"total_tasks": len(results), "completed": len(results) - failed, "failed": failed, "results": answers}
+
+
+@route("POST", "/api/v1/compare", body=CompareRequest, where="body")
+def compare(server: Server, call: Call) -> Answer:
+    """One prompt on several backends."""
+    request = call.body
+    for index, name in enumerate(request.backends):
+        server.known_backend(name, f"body.backends[{index}]")
+    tasks = [PromptRequest(backend=name, prompt=request.prompt, model=request.model, workdir=request.workdir,
+                           dry_run=request.dry_run or None) for name in request.backends]
+    natives = checked(server, call, tasks, "body.backends")
+    told = fan_out(len(tasks), starter(server, tasks, "body.backends"), call.stop,
+                   workers=1 if request.sequential else len(tasks), fail_fast=False)
+
+    def summary(results: List[Result], answers: List[Json]) -> Json:
+        return {"prompt": request.prompt, "backends": request.backends,
+                "results": [{"model": "", **answer} for answer in answers]}
+    return shown_as(told, Several(natives, summary), stream=request.stream)
+
+
+@route("POST", "/api/v1/chain", body=ChainRequest, where="body")
+def chain(server: Server, call: Call) -> Answer:
+    """Several runs one after the other, each with the output of the one before at hand."""
+    request = call.body
+    if request.pass_session_id or request.persist_sessions or any("{{session}}" in s.prompt for s in request.steps):
+        raise BadRequest("a chain keeps no session: leave out pass_session_id, persist_sessions and {{session}}; "
+                         "{{previous}} is the last step's output")
+    tasks = [ephemeral(step, request.dry_run, f"body.steps[{i}]") for i, step in enumerate(request.steps)]
+    if request.pass_working_dir:
+        for index, task in enumerate(tasks[1:], 1):
+            tasks[index] = dataclasses.replace(task, workdir=task.workdir or tasks[index - 1].workdir)
+    natives = checked(server, call, tasks, "body.steps")
+
+    def start(index: int, stop: TaskStop) -> Events:
+        if index:
+            filled = tasks[index].prompt.replace("{{previous}}", "".join(shown.results[index - 1].final))
+            tasks[index] = dataclasses.replace(tasks[index], prompt=filled)
+        return starter(server, tasks, "body.steps")(index, stop)
+
+    def summary(results: List[Result], answers: List[Json]) -> Json:
+        ran = [(i, a) for i, (r, a) in enumerate(zip(results, answers)) if r.ended]
+        failed = [i + 1 for i, _ in ran if results[i].failure]
+        return {"total_steps": len(results), "completed_steps": len(ran) - len(failed),
+                **({"failed_step": failed[0]} if failed else {}),
+                "results": [{"step": i + 1, "name": tasks[i].name, **answer} for i, answer in ran]}
+    shown = Several(natives, summary)
+    told = in_turn(len(tasks), start, call.stop, stop_on_failure=request.stop_on_failure)
+    return shown_as(told, shown, stream=request.stream)
+
+
+AnyTask = TypeVar("AnyTask", bound=PromptRequest)
+
+
+def ephemeral(task: AnyTask, dry_run: bool, at: str) -> AnyTask:
+    """A task of a fan-out, which keeps no session."""
+    if task.session_id is not None:
+        raise Invalid([Problem(f"{at}.session_id", "can not be used here: no session is kept", task.session_id)])
+    return dataclasses.replace(task, ephemeral=True, dry_run=True if dry_run else task.dry_run)
+
+
+def checked(server: Server, call: Call, tasks: Sequence[PromptRequest], at: str) -> List[Native]:
+    """A renderer for each task. Raises what is wrong with any of them, and if the line is full: nothing has run."""
+    natives = []
+    for index, task in enumerate(tasks):
+        started = start_task(server, task, Stop(), f"{at}[{index}]")
+        natives.append(Native(Asked(started.request.model), task.backend, started.ignored))
+    server.slots.admit()
+    call.stop.allow(server.config.server.request_timeout_secs)
+    return natives
+
+
+def start_task(server: Server, task: PromptRequest, stop: Stop, at: str) -> Started:
+    return server.start(task, stop, at=at, prompt_at=f"{at}.prompt", admitted=True)
+
+
+def starter(server: Server, tasks: Sequence[PromptRequest], at: str) -> StartTask:
+    return lambda index, stop: start_task(server, tasks[index], stop, f"{at}[{index}]").events
+
+
+def shown_as(told: Generator[Told, None, None], shown: Several, *, stream: bool) -> Answer:
+    """The answer of a fan-out, as it happens or at its end."""
+    if stream:
+        return Answer(shown.stream(told), content_type=Native.stream_type, close=told.close)
+    with contextlib.closing(told):
+        return Answer(shown.whole(told))
 
 
 @route("POST", "/openai/v1/chat/completions", "/v1/chat/completions", body=ChatRequest)
