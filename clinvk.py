@@ -4256,9 +4256,9 @@ def renderer_of(head: Head) -> Type[Renderer]:
 
 def read_json(environ: Json, config: Config) -> Any:
     """The body as JSON. Raises BadRequest unless it is UTF-8, proper JSON, and made of whole characters."""
-    raw = environ["wsgi.input"].read()
-    if 0 < config.server.max_request_body_bytes < len(raw):
+    if 0 < config.server.max_request_body_bytes < int(environ.get("CONTENT_LENGTH") or 0):
         raise TooLarge(too_large(config.server.max_request_body_bytes))
+    raw = environ["wsgi.input"].read()
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=refuse_constant)
         if b"\\ud" in raw or b"\\uD" in raw:
@@ -4315,7 +4315,7 @@ class RefusedByWaitress(waitress.task.ErrorTask):
                      **{f"HTTP_{name}": value for name, value in request.headers.items()}})
         error: ClinvkError = BadRequest(f"{fault.reason}: {fault.body}")
         if fault.code == 413:
-            error = TooLarge(too_large(self.channel.adj.max_request_body_size - 1))
+            error = TooLarge(too_large(self.channel.adj.max_request_body_size // READ_ANYWAY))
         elif fault.code == 500:
             error = ClinvkError("clinvk could not answer; its log tells more")
         request_id = request_id_of(head.get("X-Request-Id"))
@@ -4344,10 +4344,15 @@ class Channel(waitress.channel.HTTPChannel):
         return not self.connected
 
 
+# How many times the limit waitress takes in (on disk) before it refuses: a client that is cut off while it sends reads
+# no answer, and its SDK sends all of it again.
+READ_ANYWAY = 4
+
+
 def listen(server: Server) -> Any:
     """A waitress server, bound and not yet running. Raises OSError if the address can not be had."""
     settings = server.config.server
-    limit = settings.max_request_body_bytes + 1 if settings.max_request_body_bytes else sys.maxsize  # the first refused
+    limit = READ_ANYWAY * settings.max_request_body_bytes or sys.maxsize
     # A thread is held for a request's whole life; waiting and running ones must leave room for the rest.
     threads = settings.max_concurrent_runs + settings.max_waiting_runs + 16
     sockets: Dict[int, Any] = {}

@@ -456,9 +456,14 @@ def test_a_body_over_the_limit_is_a_413_also_when_its_length_is_told_before_it_c
         head = request_of(f"POST {path} HTTP/1.1", "Content-Type: application/json", "Content-Length: 1000000")
         told = raw(server, head)
         chunked = raw(server, request_of(f"POST {path} HTTP/1.1", "Content-Type: application/json",
-                                         "Transfer-Encoding: chunked", body="7d0\r\n" + 2000 * " " + "\r\n0\r\n\r\n"))
+                                         "Transfer-Encoding: chunked", body="1388\r\n" + 5000 * " " + "\r\n0\r\n\r\n"))
         for reply in (told, chunked):
             assert reply.status == 413 and "1000 bytes" in fault(reply, shape(path))
+
+
+def test_a_client_that_sends_too_much_can_read_why(serve: Callable[..., Any]) -> None:
+    reply = serve().call("POST", "/openai/v1/chat/completions", b" " * 12_000_000)
+    assert reply.status == 413 and "10485760 bytes" in fault(reply, "openai")
 
 
 def test_a_body_of_just_the_limit_is_taken_over_a_socket(serve: Callable[..., Any]) -> None:
