@@ -1265,7 +1265,7 @@ class Mouth(Protocol):
         """Close its stdin, once everything said has gone out."""
 
 
-# Runs a command to its end, or until it prints a line that holds some bytes; what it is to be told goes first.
+# Runs a command to its end, or until it prints a line that begins with some bytes; what it is to be told goes first.
 OutputOf = Callable[[Command, bytes, bytes], bytes]
 
 
@@ -2542,7 +2542,7 @@ class Stop:
         self.limit_secs = math.inf
 
     def allow(self, seconds: float) -> Stop:
-        """Time is up that long after the request came; math.inf, once the run is over: never."""
+        """Time is up that long after `began`; math.inf, once the run is over: never."""
         self.limit_secs = seconds
         return self
 
@@ -2563,13 +2563,15 @@ class Stop:
 
 
 class Slots:
-    """At most `limit` runs at once; up to `queue` more wait, and start in the order in which they came."""
+    """At most `limit` runs at once; up to `places` more wait, and start in the order in which they came. The runs of a
+    request that is `admitted` as a whole wait, too, but take no place."""
 
-    def __init__(self, limit: int, queue: int) -> None:
-        self.limit, self.queue = limit, queue
+    def __init__(self, limit: int, places: int) -> None:
+        self.limit, self.places = limit, places
         self.active = 0
         self.waiting: Deque[threading.Event] = collections.deque()
-        self.lock = threading.Lock()  # guards active and waiting
+        self.admitted: Set[threading.Event] = set()  # those of `waiting` that take no place
+        self.lock = threading.Lock()  # guards active, waiting and admitted
 
     def take(self, stop: Stop, *, admitted: bool = False) -> Iterator[Progress]:
         """Returns when a slot is ours; until then a Progress per SILENCE. Raises BackendUnavailable if the line is
@@ -2580,9 +2582,10 @@ class Slots:
             if self.active < self.limit and not self.waiting:
                 self.active += 1
                 return
-            if len(self.waiting) >= self.queue and not admitted:
-                raise self.full()
+            if not admitted:
+                self.check_places_locked()
             self.waiting.append(turn)
+            self.admitted |= {turn} if admitted else set()
         try:
             yield from wait_for(turn, stop)
         except BaseException:
@@ -2592,38 +2595,42 @@ class Slots:
     def admit(self) -> None:
         """Let a request in whose runs then wait for their slots however long the line is; or raise."""
         with self.lock:
-            if self.active >= self.limit and len(self.waiting) >= self.queue:
-                raise self.full()
+            if self.active >= self.limit:
+                self.check_places_locked()
 
-    def full(self) -> BackendUnavailable:
-        error = BackendUnavailable(
-            f"{self.limit} runs are going on and {self.queue} wait: try again later, or raise "
-            "server.max_concurrent_runs or server.max_waiting_runs")
-        error.retry_after = 5
-        return error
+    def check_places_locked(self) -> None:
+        taken = len(self.waiting) - len(self.admitted)
+        if taken >= self.places:
+            error = BackendUnavailable(f"{self.active} runs are going on and {taken} requests wait: try again later, "
+                                       "or raise server.max_concurrent_runs or server.max_waiting_runs")
+            error.retry_after = 5
+            raise error
 
     def leave(self, turn: threading.Event) -> None:
         """Give up a place in the line, or the slot that came just then."""
         with self.lock:
             if turn in self.waiting:
                 self.waiting.remove(turn)
+                self.admitted.discard(turn)
                 return
         self.release()
 
     def release(self) -> None:
         with self.lock:
             if self.waiting:
-                self.waiting.popleft().set()  # the slot is handed on
+                turn = self.waiting.popleft()
+                self.admitted.discard(turn)
+                turn.set()  # the slot is handed on
             else:
                 self.active -= 1
 
 
 def wait_for(turn: threading.Event, stop: Stop) -> Iterator[Progress]:
-    told = time.monotonic()
+    told_at = time.monotonic()
     while not turn.wait(TICK):
         stop.check()
-        if time.monotonic() - told >= SILENCE:
-            told = time.monotonic()
+        if time.monotonic() - told_at >= SILENCE:
+            told_at = time.monotonic()
             yield Progress("queued", "waiting for a free slot")
     stop.check()
 
@@ -2835,7 +2842,7 @@ def run(request: Settled, backend: Backend, children: Children, slots: Slots, st
     ends the CLI and all its descendants within 2 s; a client that leaves a silent CLI is noticed through `stop`."""
     started = time.monotonic()
     try:
-        with contextlib.closing(steps(request, backend, children, slots, stop, admitted=admitted)) as events:
+        with contextlib.closing(in_a_slot(request, backend, children, slots, stop, admitted=admitted)) as events:
             for event in events:
                 yield timed(event, started)
     except BackendAuth as error:  # not logged in is a failed run, whenever it is noticed
@@ -2852,7 +2859,7 @@ def timed(event: Event, started: float) -> Event:
     return event
 
 
-def steps(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop, *,
+def in_a_slot(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop, *,
           admitted: bool) -> Events:
     yield from slots.take(stop, admitted=admitted)
     if isinstance(backend, InProcess):
@@ -2924,7 +2931,8 @@ def told_by(backend: Backend, child: Child, stop: Stop) -> Iterator[Event]:
     for event in until_done(backend, child, stop):
         if isinstance(event, Failure):
             event.error.prompted = True  # SDKs must not repeat it
-            event.error.details = quiet(child.stderr.decode(errors="replace"), backend.noise)
+            if not isinstance(event.error, Canceled):
+                event.error.details = quiet(child.stderr.decode(errors="replace"), backend.noise)
         yield event
 
 
@@ -3056,7 +3064,11 @@ class TaskStop(Stop):
     def error(self) -> Optional[ClinvkError]:
         if self.halt.is_set():
             return Canceled("canceled")
-        return self.whole.error() or super().error()
+        error = self.whole.error()
+        if isinstance(error, TimedOut):
+            return TimedOut(f"time is up for the request as a whole, after {self.whole.limit_secs:g} s. Allow more "
+                            "with server.request_timeout_secs in the config")
+        return error or super().error()
 
 
 StartTask = Callable[[int, TaskStop], Events]
@@ -3070,42 +3082,48 @@ def fan_out(count: int, start: StartTask, whole: Stop, *, workers: int,
     Closing the generator ends them all."""
     halt = threading.Event()
     to_do: queue.SimpleQueue[int] = queue.SimpleQueue()
-    heard: queue.SimpleQueue[Told] = queue.SimpleQueue()
+    heard: queue.SimpleQueue[Told] = queue.SimpleQueue()  # holds no more than the answers, which are kept anyway
     for task in range(count):
         to_do.put(task)
-    crew = [threading.Thread(target=work, args=(to_do, heard, start, whole, halt), name="task", daemon=True)
-            for _ in range(min(workers, count))]
-    for thread in crew:
-        thread.start()
+    crew = [threading.Thread(target=work, args=(to_do, heard, start, whole, halt), kwargs={"fail_fast": fail_fast},
+                             name="fan-out", daemon=True) for _ in range(min(workers, count))]
     try:
+        for thread in crew:
+            thread.start()
         left = count
         while left:
             told = heard.get()
             left -= isinstance(told.event, Done)
-            if fail_fast and isinstance(told.event, Failure):
-                halt.set()
             yield told
     finally:
         halt.set()
         for thread in crew:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
+        whole.allow(math.inf)  # a client may take its time with what is left to read
 
 
 def work(to_do: queue.SimpleQueue[int], heard: queue.SimpleQueue[Told], start: StartTask, whole: Stop,
-         halt: threading.Event) -> None:
-    """One thread of a fan-out: takes task after task, until there is none."""
+         halt: threading.Event, *, fail_fast: bool) -> None:
+    """One thread of a fan-out: takes task after task, until there is none. A failure sets `halt` before it is told, so
+    that no task is started after it."""
     while True:
         try:
             task = to_do.get_nowait()
         except queue.Empty:
             return
+        done = False
         try:
             for event in one_task(task, start, TaskStop(whole, halt)):
+                if fail_fast and isinstance(event, Failure):
+                    halt.set()
                 heard.put(Told(task, event))
+                done = done or isinstance(event, Done)
         except Exception:
             LOG.error("task %d: a defect of clinvk\n%s", task, traceback.format_exc())
-            heard.put(Told(task, Failure(ClinvkError("clinvk has a defect; its log tells more"))))
-            heard.put(Told(task, Done(-1)))
+            if not done:
+                heard.put(Told(task, Failure(ClinvkError("clinvk has a defect; its log tells more"))))
+                heard.put(Told(task, Done(-1)))
 
 
 def one_task(task: int, start: StartTask, stop: TaskStop) -> Events:
@@ -3121,14 +3139,18 @@ def one_task(task: int, start: StartTask, stop: TaskStop) -> Events:
 
 def in_turn(count: int, start: StartTask, whole: Stop, *, stop_on_failure: bool) -> Generator[Told, None, None]:
     """Run `count` steps one after the other; with `stop_on_failure` those after a failed one are not run."""
-    for step in range(count):
-        failed = False
-        with contextlib.closing(one_task(step, start, TaskStop(whole, threading.Event()))) as events:
-            for event in events:
-                failed = failed or isinstance(event, Failure)
-                yield Told(step, event)
-        if failed and stop_on_failure:
-            return
+    never = threading.Event()
+    try:
+        for step in range(count):
+            failed = False
+            with contextlib.closing(one_task(step, start, TaskStop(whole, never))) as events:
+                for event in events:
+                    failed = failed or isinstance(event, Failure)
+                    yield Told(step, event)
+            if failed and stop_on_failure:
+                return
+    finally:
+        whole.allow(math.inf)
 
 
 # ==== Renderers ===================================================================================
@@ -3187,7 +3209,7 @@ def utc(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a renderer must know of the request: the model's name as the client wrote it, the prompt's length."""
+    """What a renderer must know of the request: the model's name for the answer, the prompt's length ..."""
     model: str = ""
     characters: int = 0
     include_usage: bool = False
@@ -3291,14 +3313,19 @@ class Several:
         self.began = time.monotonic()
         self.results = [Result() for _ in natives]
 
-    def whole(self, told: Iterable[Told], **more: Any) -> List[bytes]:
+    def whole(self, told: Iterable[Told]) -> List[bytes]:
         for task, event in told:
             self.results[task].add(event)
-        texts = {marker(): result.final for result in self.results}
-        answers = [native.answer(result, text) for native, result, text in zip(self.natives, self.results, texts)]
-        around = self.summary(self.results, answers)
-        shown = {text: pieces for text, pieces in texts.items() if to_json(text) in to_json(around)}
-        return spliced({**more, **around, "total_duration_ms": round(1000 * (time.monotonic() - self.began))}, shown)
+        return self.summed()
+
+    def summed(self, **more: Any) -> List[bytes]:
+        """The whole answer, from the results of all that ran."""
+        ran = [(native, result, marker()) for native, result in zip(self.natives, self.results) if result.ended]
+        answers = [native.answer(result, text) for native, result, text in ran]
+        around = self.summary([result for _, result, _ in ran], answers)
+        duration = round(1000 * (time.monotonic() - self.began))
+        texts = {text: result.final for _, result, text in ran}
+        return spliced({**more, **around, "total_duration_ms": duration}, texts)
 
     def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
         sequence = 0
@@ -3306,7 +3333,7 @@ class Several:
             sequence += 1
             self.results[task].add(event)
             yield from self.natives[task].line(event, self.results[task], sequence=sequence, task=task)
-        yield from self.whole((), type="summary", sequence=sequence + 1)
+        yield from self.summed(type="summary", sequence=sequence + 1)
         yield b"\n"
 
 
@@ -3704,7 +3731,7 @@ def check_flags(extra: List[str], allowed: Mapping[str, bool], backend: str) -> 
 # In: a Config. Out: everything that lives as long as the server does, and the runs that are started on it.
 
 class Started(NamedTuple):
-    """A run under way: its events, and what its request asked for that nobody can honour."""
+    """A run that begins when its first event is asked for, and what its request asked for that nobody can honour."""
     events: Events
     request: Settled
     ignored: List[str]
@@ -3854,6 +3881,9 @@ def route(method: str, *patterns: str, body: Optional[type] = None, where: str =
     return add
 
 
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # what comes between must pass on at once
+
+
 def json_answer(value: Any, **headers: str) -> Answer:
     return Answer([to_json(value)], headers={name.replace("_", "-"): text for name, text in headers.items()})
 
@@ -3876,7 +3906,7 @@ def parallel(server: Server, call: Call) -> Answer:
     tasks = [ephemeral(task, request.dry_run, f"body.tasks[{i}]") for i, task in enumerate(request.tasks)]
     natives = checked(server, call, tasks, "body.tasks")
     told = fan_out(len(tasks), starter(server, tasks, "body.tasks"), call.stop,
-                   workers=request.max_parallel or settings.max_workers,
+                   workers=min(request.max_parallel or settings.max_workers, server.slots.limit),
                    fail_fast=settings.fail_fast if request.fail_fast is None else request.fail_fast)
     return shown_as(told, Several(natives, counted), stream=request.stream)
 
@@ -3892,11 +3922,14 @@ def compare(server: Server, call: Call) -> Answer:
     request = call.body
     for index, name in enumerate(request.backends):
         server.known_backend(name, f"body.backends[{index}]")
+    allowed_workdir(request.workdir, server.config, "body")
+    if not request.prompt.strip():
+        raise Invalid([Problem("body.prompt", "must have more than blanks")])
     tasks = [PromptRequest(backend=name, prompt=request.prompt, model=request.model, workdir=request.workdir,
-                           dry_run=request.dry_run or None) for name in request.backends]
+                           ephemeral=True, dry_run=request.dry_run or None) for name in request.backends]
     natives = checked(server, call, tasks, "body.backends")
     told = fan_out(len(tasks), starter(server, tasks, "body.backends"), call.stop,
-                   workers=1 if request.sequential else len(tasks), fail_fast=False)
+                   workers=1 if request.sequential else server.slots.limit, fail_fast=False)
 
     def summary(results: List[Result], answers: List[Json]) -> Json:
         return {"prompt": request.prompt, "backends": request.backends,
@@ -3917,21 +3950,34 @@ def chain(server: Server, call: Call) -> Answer:
             tasks[index] = dataclasses.replace(task, workdir=task.workdir or tasks[index - 1].workdir)
     natives = checked(server, call, tasks, "body.steps")
 
-    def start(index: int, stop: TaskStop) -> Events:
-        if index:
-            filled = tasks[index].prompt.replace("{{previous}}", "".join(shown.results[index - 1].final))
-            tasks[index] = dataclasses.replace(tasks[index], prompt=filled)
-        return starter(server, tasks, "body.steps")(index, stop)
-
     def summary(results: List[Result], answers: List[Json]) -> Json:
-        ran = [(i, a) for i, (r, a) in enumerate(zip(results, answers)) if r.ended]
-        failed = [i + 1 for i, _ in ran if results[i].failure]
-        return {"total_steps": len(results), "completed_steps": len(ran) - len(failed),
+        failed = [step for step, result in enumerate(results, 1) if result.failure]
+        return {"total_steps": len(tasks), "completed_steps": len(results) - len(failed),
                 **({"failed_step": failed[0]} if failed else {}),
-                "results": [{"step": i + 1, "name": tasks[i].name, **answer} for i, answer in ran]}
+                "results": [{"step": i + 1, "name": tasks[i].name, **answer} for i, answer in enumerate(answers)]}
     shown = Several(natives, summary)
+
+    def start(index: int, stop: TaskStop) -> Events:
+        step, at = tasks[index], f"body.steps[{index}]"
+        if index:
+            prompt = filled(step.prompt, shown.results[index - 1].final, server.config.server.max_output_bytes, at)
+            step = dataclasses.replace(step, prompt=prompt)
+        return start_task(server, step, stop, at).events
     told = in_turn(len(tasks), start, call.stop, stop_on_failure=request.stop_on_failure)
     return shown_as(told, shown, stream=request.stream)
+
+
+PREVIOUS = "{{previous}}"
+
+
+def filled(prompt: str, previous: List[str], limit: int, at: str) -> str:
+    """The prompt with the last step's output in it. Raises Invalid if that becomes longer than `limit`: a chain that
+    doubles its text at each step would fill the memory."""
+    size = len(prompt) + prompt.count(PREVIOUS) * (length(previous) - len(PREVIOUS))
+    if size > limit:
+        raise Invalid([Problem(f"{at}.prompt", f"would have {size} characters with {PREVIOUS} in it; "
+                                               f"server.max_output_bytes allows {limit}")])
+    return prompt.replace(PREVIOUS, "".join(previous))
 
 
 AnyTask = TypeVar("AnyTask", bound=PromptRequest)
@@ -3948,7 +3994,14 @@ def checked(server: Server, call: Call, tasks: Sequence[PromptRequest], at: str)
     """A renderer for each task. Raises what is wrong with any of them, and if the line is full: nothing has run."""
     natives = []
     for index, task in enumerate(tasks):
-        started = start_task(server, task, Stop(), f"{at}[{index}]")
+        try:
+            started = start_task(server, task, Stop(), f"{at}[{index}]")
+        except Invalid:  # it names the field
+            raise
+        except ClinvkError as error:
+            error.args = (f"{at}[{index}]: {error}",)
+            error.problems = [p._replace(location=f"{at}[{index}].{p.location}") for p in error.problems]
+            raise
         natives.append(Native(Asked(started.request.model), task.backend, started.ignored))
     server.slots.admit()
     call.stop.allow(server.config.server.request_timeout_secs)
@@ -3966,7 +4019,7 @@ def starter(server: Server, tasks: Sequence[PromptRequest], at: str) -> StartTas
 def shown_as(told: Generator[Told, None, None], shown: Several, *, stream: bool) -> Answer:
     """The answer of a fan-out, as it happens or at its end."""
     if stream:
-        return Answer(shown.stream(told), content_type=Native.stream_type, close=told.close)
+        return Answer(shown.stream(told), content_type=Native.stream_type, headers=UNBUFFERED, close=told.close)
     with contextlib.closing(told):
         return Answer(shown.whole(told))
 
@@ -4012,8 +4065,7 @@ def streamed(events: Events, renderer: Renderer, headers: Mapping[str, str], unt
             if isinstance(event, Failure):
                 raise event.error
     body = renderer.stream(itertools.chain(begun, to_the_end(events)))
-    stream_headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return Answer(body, content_type=renderer.stream_type, headers={**headers, **stream_headers},
+    return Answer(body, content_type=renderer.stream_type, headers={**headers, **UNBUFFERED},
                   close=events.close)
 
 
@@ -4172,7 +4224,7 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
         request_id = request_id_of(head.get("X-Request-Id"))
         environ[STOP] = Stop(environ.get("waitress.client_disconnected", lambda: False), server.closing)
         environ[WRITE_TIMEOUT] = server.config.server.write_timeout_secs
-        answer = told(server, router, head, request_id)
+        answer = answer_or_error(server, router, head, request_id)
         answer.headers.update({"X-Request-Id": request_id, "request-id": request_id})
         start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", list(answer.headers.items()))
         if head.method == "HEAD":
@@ -4206,7 +4258,7 @@ def request_id_of(sent: str) -> str:
     return sent if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", sent) else uuid.uuid4().hex
 
 
-def told(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
+def answer_or_error(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
     """The endpoint's answer, or the error that kept it from answering, in the shape of the API that was called."""
     try:
         return answered(server, router, head, request_id)
@@ -4287,7 +4339,7 @@ def log_request(head: Head, answer: Answer, request_id: str, seconds: float) -> 
              head.path.encode("unicode_escape").decode(), answer.status, 1000 * seconds, request_id)
 
 
-class Task(waitress.task.WSGITask):
+class PatientTask(waitress.task.WSGITask):
     """Waits for a client that reads slowly, but neither longer than its run may take, nor longer than
     write_timeout_secs without a byte taken: waitress would wait for ever."""
 
@@ -4330,7 +4382,7 @@ class RefusedByWaitress(waitress.task.ErrorTask):
 
 
 class Channel(waitress.channel.HTTPChannel):
-    task_class = Task
+    task_class = PatientTask
     error_task_class = RefusedByWaitress
     HANG_UP = getattr(select, "POLLRDHUP", 0)  # Linux; a full close is told without being asked for
 

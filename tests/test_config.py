@@ -308,3 +308,7 @@ def test_what_would_fail_or_not_count_at_every_run_stops_the_start(refusal: Refu
 
 def test_a_line_that_refuses_holds_no_text_of_many_lines(refusal: Refusal) -> None:
     assert "server.port" in refusal('server: {port: "a\\nb"}')
+
+
+def test_the_built_in_names_are_those_of_the_backends() -> None:
+    assert tuple(clinvk.BACKENDS) == clinvk.BUILT_IN

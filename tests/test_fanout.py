@@ -233,3 +233,48 @@ def test_a_stream_tells_each_task_and_ends_with_the_whole_answer(client: Client,
         for result in answer["results"]:
             result.pop("duration_ms")
     assert summary == whole
+
+
+# ---- What a second reader found
+
+def test_a_fan_out_takes_one_place_in_the_line_not_one_a_task(logged: Callable[..., Logged]) -> None:
+    it = logged(max_concurrent_runs=2, max_waiting_runs=2)
+    body = {"tasks": [task("sleep", backend="it")] * 20, "max_parallel": 20}
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            connection = stack.enter_context(contextlib.closing(it.server.connection()))
+            connection.request("POST", "/api/v1/parallel", clinvk.to_json(body), {"Content-Type": "application/json"})
+        eventually(lambda: it.server.call("GET", "/health").json["runs"] == {"active": 2, "waiting": 2, "limit": 2})
+        reply = it.server.call("POST", "/api/v1/prompt", task("late", timeout_secs=1))
+        assert reply.status == 504  # it waited: the line was not full
+
+
+def test_no_task_is_started_after_a_failure_that_ends_all(logged: Callable[..., Logged]) -> None:
+    it = logged()
+    for _ in range(10):
+        tasks = [task("fail", backend="it"), task("never", backend="it")]
+        body = {"tasks": tasks, "max_parallel": 1, "fail_fast": True}
+        assert [r["exit_code"] for r in it.server.call("POST", "/api/v1/parallel", body).json["results"]] == [3, -1]
+    assert not any("never" in line for line in it.order)
+
+
+def test_a_chain_that_doubles_its_text_ends_with_an_error(make_client: Callable[..., Client]) -> None:
+    client = make_client({"server": {"max_output_bytes": 1000}})
+    told = chain(client, "x" * 100, *["{{previous}}{{previous}}"] * 6, stop_on_failure=True).json
+    assert (told["failed_step"], len(told["results"][3]["output"])) == (5, 800)
+    assert "body.steps[4].prompt: would have 1600 characters" in told["results"][4]["error"]
+
+
+@pytest.mark.parametrize("bad, place", [(task("x", model="fast"), "body.tasks[1].model"),
+                                        (task("x", workdir="/etc"), "body.tasks[1]: workdir"),
+                                        (task("x", extra=["--x"]), "body.tasks[1]: extra")])
+def test_every_error_of_a_task_says_which_one_it_was(client: Client, bad: Any, place: str) -> None:
+    reply = client.call("POST", "/api/v1/parallel", {"tasks": [task("a"), bad]})
+    assert reply.status in (403, 422) and place in reply.body.decode()
+
+
+@pytest.mark.parametrize("fields, place", [({"workdir": "relative"}, "body.workdir"),
+                                           ({"prompt": "  "}, "body.prompt")])
+def test_what_all_of_a_comparison_share_is_named_once(client: Client, fields: Any, place: str) -> None:
+    reply = client.call("POST", "/api/v1/compare", {"backends": ["echo"], "prompt": "a", **fields})
+    assert (reply.status, reply.json["errors"][0]["location"]) == (422, place)
