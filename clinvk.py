@@ -39,8 +39,8 @@ import uuid
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import (Any, Callable, ClassVar, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
-                    NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union, cast,
+from typing import (Any, Callable, ClassVar, Container, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List,
+                    Mapping, NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union, cast,
                     get_args, get_origin, get_type_hints)
 
 import bottle
@@ -380,8 +380,12 @@ class UnifiedFlags:
     command_timeout_secs: float = param(0.0, minimum=0, doc="0: server.request_timeout_secs")
 
 
+MODEL_ALIASES = ("fast", "balanced", "best")
+
+
 @dataclass(frozen=True)
 class ModelAliases:
+    """What each of MODEL_ALIASES means on a backend; empty: nothing."""
     fast: str = param("")
     balanced: str = param("")
     best: str = param("")
@@ -706,7 +710,7 @@ def settled(request: PromptRequest, config: Config, workdir: str) -> Settled:
     """Fill in from config what the request leaves open; `workdir` is the directory, already checked."""
     backend, flags = config.backends[request.backend], config.unified_flags
     model = request.model or backend.model
-    if model in ("fast", "balanced", "best"):
+    if model in MODEL_ALIASES:
         key, model = f"backends.{request.backend}.models.{model}", getattr(backend.models, model)
         if not model:
             raise UnknownModel(f"model: there is no such alias; set {key}")
@@ -728,6 +732,10 @@ def settled(request: PromptRequest, config: Config, workdir: str) -> Settled:
     return Settled(**given)
 
 
+# Words in a model's name -> the backend whose CLI knows it.
+MODEL_WORDS = (("claude|opus|sonnet|haiku", "claude"), (r"gpt|codex|(?<![a-z])o\d", "codex"), ("gemini", "gemini"))
+
+
 def backend_of(model: str, config: Config) -> Tuple[str, Optional[str]]:
     """SPEC 2.4: which backend a compat request's `model` means, and the model to name to its CLI (None: its default).
 
@@ -747,9 +755,6 @@ def backend_of(model: str, config: Config) -> Tuple[str, Optional[str]]:
     raise UnknownModel(f'no backend goes by the model name "{model}"{nearest(model, known) or "."} There is: '
                        + ", ".join(known) + '; or "backend/model", or a name that the CLI knows, such as claude-..., '
                        "gpt-... or gemini-...")
-
-
-MODEL_WORDS = (("claude|opus|sonnet|haiku", "claude"), (r"gpt|codex|(?<![a-z])o\d", "codex"), ("gemini", "gemini"))
 
 
 # ---- Conversations: many turns as one prompt
@@ -1311,6 +1316,7 @@ class Backend:
     A subclass says what must be known at the start (`command`), what is said once before any request (`greet`), how a
     request is asked (`ask`), and what the CLI's output means (`read`, up to one Done)."""
     honours: ClassVar[FrozenSet[str]] = frozenset()  # request fields; others that are set come back as `ignored`
+    EFFORTS: ClassVar[Container[str]] = ()  # how hard the CLI can be told to think
     extra_flags: ClassVar[Dict[str, bool]] = {}  # what `extra` may hold -> whether a value follows
     streams: ClassVar[str] = "deltas"
     noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
@@ -1335,7 +1341,8 @@ class Backend:
         shown = {"effort": "reasoning_effort", "thinking_tokens": "thinking"}
         by_way = {"approval_mode", "sandbox_mode", "allowed_tools", "max_turns"} if request.isolated else set()
         given = [n for n in names if getattr(request, n) not in ("", "default", 0, None, False)]
-        return [shown.get(n, n) for n in given if n not in self.honours or n in by_way]
+        unable = by_way if not request.effort or request.effort in self.EFFORTS else {*by_way, "effort"}
+        return [shown.get(n, n) for n in given if n not in self.honours or n in unable]
 
     def refuses(self, request: Settled) -> str:
         """Why this CLI can not be given that prompt; "" if it can."""
@@ -1575,7 +1582,8 @@ class Claude(JsonLines):
             "--include-partial-messages", "--permission-prompt-tool", "stdio", "--no-session-persistence")
     ISOLATED = ("--safe-mode", "--strict-mcp-config", "--tools", "", "--disable-slash-commands")
     PERMISSION = {"default": "default", "auto": "acceptEdits", "none": "dontAsk", "always": "default"}
-    EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "max", "max": "max"}
+    EFFORTS: ClassVar[Dict[str, str]] = {"minimal": "low", "low": "low", "medium": "medium", "high": "high",
+                                         "xhigh": "max", "max": "max"}
     RETRIES_OF_429 = 2  # about 4 s; after that the provider means it
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
@@ -1632,12 +1640,12 @@ class Claude(JsonLines):
 
     def ignored(self, request: Settled) -> List[str]:
         """claude has one mode for approval and sandbox: read-only and full leave no choice, workspace has no place."""
-        names = ["reasoning_effort"] if request.effort and request.effort not in self.EFFORTS else []
+        names = super().ignored(request)
         if not request.isolated and request.sandbox_mode == "workspace":
             names.append("sandbox_mode")
         elif not request.isolated and request.sandbox_mode != "default" and request.approval_mode != "default":
             names.append("approval_mode")
-        return super().ignored(request) + names
+        return names
 
     def parse_line(self, message: Json, mouth: Mouth) -> Iterator[Event]:
         kind = message.get("type")
@@ -1897,10 +1905,6 @@ class Codex(JsonRpc):
         if len(request.prompt) > self.LONGEST:
             return f"has {len(request.prompt)} characters; codex takes {self.LONGEST} at most"
         return super().refuses(request)
-
-    def ignored(self, request: Settled) -> List[str]:
-        unknown_effort = ["reasoning_effort"] if request.effort and request.effort not in self.EFFORTS else []
-        return super().ignored(request) + unknown_effort
 
     def user_home(self) -> Path:
         environ = child_environ(self.config, self.name)
@@ -4139,7 +4143,7 @@ def model_names(server: Server) -> List[str]:
     names: List[str] = []
     for name in server.runnable():
         settings = server.config.backends[name]
-        aliases = [f"{name}/{alias}" for alias in ("fast", "balanced", "best") if getattr(settings.models, alias)]
+        aliases = [f"{name}/{alias}" for alias in MODEL_ALIASES if getattr(settings.models, alias)]
         names += [name, *aliases, *([f"{name}/{settings.model}"] if settings.model else [])]
     return names
 
