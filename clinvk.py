@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import hashlib
 import hmac
 import http
 import ipaddress
@@ -28,6 +29,7 @@ import select
 import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -48,6 +50,11 @@ import waitress.channel
 import waitress.server
 import waitress.task
 import yaml
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __version__ = "0.1.0"
 
@@ -124,8 +131,17 @@ class Forbidden(ClinvkError):
 
 
 class NotFound(ClinvkError):
-    """No such path."""
+    """No such path, or no such session."""
     status, openai, anthropic = 404, ("not_found_error", None), "not_found_error"
+
+
+class Forgotten(NotFound):
+    """The session is there, but its CLI has lost the conversation."""
+
+
+class Conflict(ClinvkError):
+    """A session that is in use, that belongs to another backend, or a prefix that several have."""
+    status, openai, anthropic = 409, ("invalid_request_error", "conflict"), "invalid_request_error"
 
 
 class MethodNotAllowed(ClinvkError):
@@ -160,6 +176,11 @@ class RateLimited(ClinvkError):
 class BackendUnavailable(ClinvkError):
     """The CLI is not installed or is disabled, or the waiting line is full."""
     status, openai, anthropic = 503, ("api_error", "backend_unavailable"), "overloaded_error"
+
+
+class StoreUnavailable(ClinvkError):
+    """The database of the sessions can not be read or written."""
+    status, openai, anthropic = 503, ("api_error", "session_store_unavailable"), "api_error"
 
 
 class BackendFailed(ClinvkError):
@@ -487,8 +508,7 @@ class Config:
 NOT_YET = ("server.read_timeout_secs", "server.rate_limit_enabled", "server.rate_limit_rps", "server.rate_limit_burst",
            "server.rate_limit_cleanup_secs", "server.trusted_proxies", "server.cors_allowed_origins",
            "server.cors_allow_credentials", "server.cors_max_age", "server.metrics_enabled", "server.spares",
-           "server.spare_idle_secs", "server.spares_at_start", "server.live_conversations", "session.retention_days",
-           "session.store_token_usage", "session.default_tags")
+           "server.spare_idle_secs", "server.spares_at_start", "server.live_conversations")
 
 # Environment variable -> the key it sets.
 VARIABLES = {
@@ -626,7 +646,8 @@ class PromptRequest:
     model: Optional[str] = param(None, flag_value=True,
                                  doc="passed to the CLI; fast, balanced and best are aliases from config")
     workdir: Optional[str] = param(None, doc="absolute path of an existing directory")
-    session_id: Optional[str] = param(None, doc="continue that session")
+    session_id: Optional[str] = param(None, not_empty=True, doc="continue that session: its id, or the first of its "
+                                      "digits; its workdir and model are taken over")
     ephemeral: bool = param(False, doc="nothing is stored")
     approval_mode: Optional[str] = param(None, choices=APPROVAL_MODES)
     sandbox_mode: Optional[str] = param(None, choices=SANDBOX_MODES)
@@ -641,6 +662,9 @@ class PromptRequest:
     metadata: Dict[str, str] = param(dict, free_text=True)
     timeout_secs: Optional[float] = param(None, above=0)
     isolated: bool = internal(False)  # the model way (SPEC 2.0): a chat, without the agent's tools and files
+    keeps: bool = internal(False)  # the CLI stores the conversation
+    resume: str = internal("")  # the CLI's own name for the conversation to go on with
+    totals_before: Dict[str, float] = internal(dict)  # the `totals` of the Done of its last turn
     effort: str = internal("")  # how hard to think: low, medium, high ...
     thinking_tokens: Optional[int] = internal(None)
 
@@ -709,17 +733,12 @@ class Settled(PromptRequest):
 def settled(request: PromptRequest, config: Config, workdir: str) -> Settled:
     """Fill in from config what the request leaves open; `workdir` is the directory, already checked."""
     backend, flags = config.backends[request.backend], config.unified_flags
-    model = request.model or backend.model
-    if model in MODEL_ALIASES:
-        key, model = f"backends.{request.backend}.models.{model}", getattr(backend.models, model)
-        if not model:
-            raise UnknownModel(f"model: there is no such alias; set {key}")
 
     def first(*values: Any) -> Any:
         return next((value for value in values if value is not None), None)
     given = {f.name: getattr(request, f.name) for f in dataclasses.fields(PromptRequest)}
     given.update(
-        model=model, workdir=workdir,
+        model=named_model(request.model or backend.model, request.backend, config), workdir=workdir,
         approval_mode=first(request.approval_mode, backend.approval_mode or flags.approval_mode),
         sandbox_mode=first(request.sandbox_mode, backend.sandbox_mode or flags.sandbox_mode),
         output_format=config.output.format if request.output_format == "default" else request.output_format,
@@ -730,6 +749,16 @@ def settled(request: PromptRequest, config: Config, workdir: str) -> Settled:
         timeout_secs=min(request.timeout_secs or flags.command_timeout_secs or config.server.request_timeout_secs,
                          config.server.request_timeout_secs))
     return Settled(**given)
+
+
+def named_model(model: str, backend: str, config: Config) -> str:
+    """What a backend's CLI is told for a model's name, which may be one of MODEL_ALIASES."""
+    if model not in MODEL_ALIASES:
+        return model
+    meant = getattr(config.backends[backend].models, model)
+    if not meant:
+        raise UnknownModel(f"model: there is no such alias; set backends.{backend}.models.{model}")
+    return str(meant)
 
 
 # Words in a model's name -> the backend whose CLI knows it.
@@ -888,13 +917,14 @@ class Compat(Open):
         for name in ("backend", "prompt", "model", "output_format"):
             if own.pop(name, None) is not None:
                 raise Invalid([Problem(f"clinvk.{name}", "is taken from the request itself; leave it out")])
-        isolated = own.get("workdir") is None and config.server.compat_mode == "model"
+        continues = own.get("session_id") is not None
+        isolated = own.get("workdir") is None and not continues and config.server.compat_mode == "model"
         prompt = as_prompt(turns)
         if not prompt.strip():
             raise Invalid([Problem("messages", "have no text to answer")])
         asked = check(PromptRequest, {**own, "backend": backend, "prompt": prompt, "model": model}, "clinvk")
         fields = {name: value for name, value in fields.items() if own.get(name) is None}
-        return dataclasses.replace(asked, isolated=isolated, **fields)
+        return dataclasses.replace(asked, isolated=isolated, ephemeral=not continues, **fields)
 
 
 @dataclass(frozen=True)
@@ -1113,6 +1143,18 @@ class Usage:
         return max(0, self.input_tokens - beside)
 
 
+def native_usage(usage: Usage) -> Dict[str, int]:
+    """The four counts of /api/v1."""
+    return {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens,
+            "cached_tokens": usage.cached_tokens, "reasoning_tokens": usage.reasoning_tokens}
+
+
+def utc(seconds: float) -> str:
+    """RFC 3339, to the millisecond."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="milliseconds").replace(
+        "+00:00", "Z")
+
+
 def estimate(characters: int) -> int:
     """Tokens of a text whose count nobody told us: 4 characters a token."""
     return (characters + 3) // 4
@@ -1187,6 +1229,7 @@ class Done(Event):
     turn_count: Optional[int] = None
     stop: str = "end"  # end, length, or sequence: a stop sequence of the client's was met
     stop_sequence: Optional[str] = None
+    totals: Dict[str, float] = dataclasses.field(default_factory=dict)  # what the CLI has counted, perhaps of all turns
 
 
 class Result:
@@ -1319,6 +1362,9 @@ class Backend:
     EFFORTS: ClassVar[Container[str]] = ()  # how hard the CLI can be told to think
     extra_flags: ClassVar[Dict[str, bool]] = {}  # what `extra` may hold -> whether a value follows
     streams: ClassVar[str] = "deltas"
+    remembers: ClassVar[bool] = True  # whether it can go on with a conversation
+    keeps_system_prompt: ClassVar[bool] = True  # whether that of a conversation's first turn holds for the others
+    stores_at_exit: ClassVar[bool] = False  # whether a conversation is whole, and free for another process, only then
     noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
@@ -1349,11 +1395,23 @@ class Backend:
         return "" if request.prompt.strip() else "must have more than blanks"
 
     def plan(self, request: Settled) -> str:
-        """What `dry_run` shows: the command line. No prompt and no key is on it."""
+        """What `dry_run` shows: the command line; where it would run, and the variables that are set for it; what it
+        would be told. What its answers will name is in angle brackets. Keys are left out."""
         try:
-            return shlex.join(self.command(request).argv)
+            command, told = self.command(request), Rehearsal()
+            self.rehearse(request, told)
         finally:
             self.clean_up()
+        inherited = child_environ(self.config, self.name)
+        added = [f"{name}={value}" for name, value in command.env.items() if inherited.get(name) != value]
+        about = [f"# in {command.cwd}", *(f"# with {item}" for item in added), "# told:"]
+        shown = "\n".join([shlex.join(command.argv), *about, told.said.decode()])
+        return without_secrets(shown, {**self.config.environ, **self.config.backends[self.name].env})
+
+    def rehearse(self, request: Settled, told: Mouth) -> None:
+        """Say all that a run would say."""
+        self.greet(told)
+        self.ask(request, told)
 
     def prepare(self, request: Settled, output_of: OutputOf) -> None:
         """What has to be found out, by a CLI of its own, before the command line can be made."""
@@ -1371,7 +1429,7 @@ class Backend:
         """The events in a piece of stdout. What the CLI asks of us is answered through `mouth`."""
         raise NotImplementedError
 
-    def look(self) -> Iterator[Event]:
+    def look(self, mouth: Mouth) -> Iterator[Event]:
         """Called every TICK of silence: a CLI that tells elsewhere that it waits in vain can be ended."""
         return iter(())
 
@@ -1390,12 +1448,39 @@ class Backend:
         if self.scratch:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
+    def forget(self, session_id: str, output_of: OutputOf) -> None:
+        """Delete what the CLI has stored of a conversation. Raises ClinvkError or OSError if that fails."""
+
     @classmethod
     def version_of(cls, name: str, program: List[str], config: Config, output_of: OutputOf) -> str:
         """What the CLI says its version is; "" if it does not say."""
         said = output_of(Command([*program, "--version"], str(config.home), child_environ(config, name)), b"", b"")
         found = re.search(r"\d+\.\d+\.\d+\S*", said.decode(errors="replace"))
         return found.group() if found else ""
+
+
+class Rehearsal:
+    """A Mouth that leads to no CLI."""
+
+    def __init__(self) -> None:
+        self.said = b""
+
+    def say(self, message: Json) -> None:
+        self.say_bytes(json.dumps(message, ensure_ascii=False).encode(errors="replace") + b"\n")
+
+    def say_bytes(self, data: bytes) -> None:
+        self.said += data
+
+    def end_of_input(self) -> None:
+        pass
+
+
+def without_secrets(text: str, environ: Mapping[str, str]) -> str:
+    """`text` less the values of the variables whose names say that they are secret."""
+    for name, value in environ.items():
+        if re.search("KEY|TOKEN|SECRET|PASSWORD", name) and len(value) > 7:
+            text = text.replace(value, f"<{name}>")
+    return text
 
 
 NOT_ALLOWED = "not allowed by the request's approval_mode and sandbox_mode"
@@ -1579,9 +1664,11 @@ class Claude(JsonLines):
                    "--betas": True, "--exclude-dynamic-system-prompt-sections": False}
     noise = r"^\[claude-code:|no stdin data received"
     LINE = ("-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose",
-            "--include-partial-messages", "--permission-prompt-tool", "stdio", "--no-session-persistence")
+            "--include-partial-messages", "--permission-prompt-tool", "stdio")
     ISOLATED = ("--safe-mode", "--strict-mcp-config", "--tools", "", "--disable-slash-commands")
     PERMISSION = {"default": "default", "auto": "acceptEdits", "none": "dontAsk", "always": "default"}
+    keeps_system_prompt = False
+    stores_at_exit = True
     EFFORTS: ClassVar[Dict[str, str]] = {"minimal": "low", "low": "low", "medium": "medium", "high": "high",
                                          "xhigh": "max", "max": "max"}
     RETRIES_OF_429 = 2  # about 4 s; after that the provider means it
@@ -1594,6 +1681,7 @@ class Claude(JsonLines):
         self.streaming = False  # inside of a message that comes in deltas
         self.spoken = Spoken()
         self.stop = "end"
+        self.totals_before: Dict[str, float] = {}
         self.blamed = ""  # the kind of error that an <synthetic> message named
         self.resets_at: Optional[float] = None  # when a usage limit ends, seconds since the epoch
         self.tools: Dict[str, str] = {}  # id -> name
@@ -1604,7 +1692,8 @@ class Claude(JsonLines):
             env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(request.max_tokens)
             if request.isolated and not (request.effort or request.thinking_tokens):
                 env["CLAUDE_CODE_DISABLE_THINKING"] = "1"  # else it could take all of them, before any answer
-        argv = [*self.program, *self.LINE, *option("--model", request.model)]
+        argv = [*self.program, *self.LINE, *([] if request.keeps else ["--no-session-persistence"]),
+                *option("--model", request.model), *option("--resume", request.resume)]
         if request.isolated:
             argv += self.ISOLATED
         else:
@@ -1620,9 +1709,14 @@ class Claude(JsonLines):
         """Only the last block is looked at for a slash command, and an empty one is not sent on: so `/cost`, too, is a
         prompt, to the letter."""
         self.grants = grants_leave(request)
-        prompt_field = "systemPrompt" if request.isolated else "appendSystemPrompt"
+        self.totals_before = request.totals_before
+        first: Json = {}
         if request.isolated or request.system_prompt:
-            mouth.say(control("initialize", **{prompt_field: request.system_prompt}))
+            first["systemPrompt" if request.isolated else "appendSystemPrompt"] = request.system_prompt
+        if request.keeps:  # else 2.1.331 takes system prompt and tools from the first turn, whatever a later one says
+            first["systemPromptSnapshot"] = False
+        if first:
+            mouth.say(control("initialize", **first))
         if request.effort in self.EFFORTS:
             mouth.say(control("apply_flag_settings", settings={"effortLevel": self.EFFORTS[request.effort]}))
         if request.thinking_tokens is not None:
@@ -1726,7 +1820,9 @@ class Claude(JsonLines):
 
     def parse_result(self, message: Json) -> Iterator[Event]:
         text = message.get("result") or "; ".join(message.get("errors") or []) or str(message.get("subtype"))
-        yield from usage_of(claude_usage, message)
+        totals = claude_totals(message)
+        own = claude_own(totals, self.totals_before, message)
+        yield from usage_of(functools.partial(claude_usage, own), message)
         self.spoken = Spoken()
         broken = message.get("stop_reason") is None and not message.get("modelUsage") and message.get("num_turns")
         failed = bool(message.get("is_error"))
@@ -1735,13 +1831,15 @@ class Claude(JsonLines):
         elif broken:
             failed = True
             yield Failure(BackendFailed("the provider's stream ended before the answer was complete; ask again"))
-        yield Done(1 if failed else 0, cost_usd=message.get("total_cost_usd"), turn_count=message.get("num_turns"),
-                   stop=self.stop)
+        yield Done(1 if failed else 0, cost_usd=own.get("cost"), turn_count=message.get("num_turns"), stop=self.stop,
+                   totals=totals)
 
     def error(self, status: Optional[int], text: str, retry_after: Optional[float] = None) -> ClinvkError:
         """What a failed result, or the kind of error that was named before it, means to a client."""
         if status in (401, 403) or self.blamed == "authentication_failed":
             return BackendAuth(f"claude is not logged in ({text}). Run claude and use /login, or set ANTHROPIC_API_KEY")
+        if text.startswith("No conversation found"):
+            return forgotten("claude")
         if status == 429 or self.blamed == "rate_limit":
             return rate_limited(text, self.resets_at - time.time() if self.resets_at else retry_after)
         if self.blamed == "model_not_found":
@@ -1750,6 +1848,14 @@ class Claude(JsonLines):
 
     def classified(self, stderr: str) -> Optional[ClinvkError]:
         return self.error(401, "it asks for a login") if "Please run /login" in stderr else None
+
+    def forget(self, session_id: str, output_of: OutputOf) -> None:
+        environ = child_environ(self.config, self.name)
+        home = Path(environ.get("CLAUDE_CONFIG_DIR") or Path(environ.get("HOME") or Path.home()) / ".claude")
+        for transcript in home.glob(f"projects/*/{session_id}.jsonl"):
+            transcript.unlink()
+            shutil.rmtree(transcript.with_suffix(""), ignore_errors=True)  # of its subagents, if there were any
+        shutil.rmtree(home / "session-env" / session_id, ignore_errors=True)
 
     def permission(self, message: Json) -> Json:
         """The answer to what claude asks of us: leave for a tool, as the approval mode says; all else is refused."""
@@ -1780,17 +1886,49 @@ def plain(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def claude_usage(result: Json) -> Optional[Usage]:
-    """A turn's counts. After a broken stream `usage` is all 0 while `modelUsage`, of the process, is right."""
+# Input, output, input from the cache, input into the cache: in `usage`, and in the totals of `modelUsage`.
+CLAUDE_USAGE = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+CLAUDE_TOTALS = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
+
+
+def counts_in(value: Any, names: Sequence[str]) -> List[int]:
+    """The numbers of an object; 0 for what it does not have."""
+    found = [value.get(name) for name in names] if isinstance(value, dict) else []
+    return [count if isinstance(count, int) else 0 for count in found] or [0] * len(names)
+
+
+def claude_totals(result: Json) -> Dict[str, float]:
+    """`cost`, in USD, and the CLAUDE_TOTALS that a result tells: of its process, and since 2.1.331 of those before it,
+    too, if it goes on with a conversation."""
+    models = result.get("modelUsage")
+    rows = [counts_in(model, CLAUDE_TOTALS) for model in (models.values() if isinstance(models, dict) else ())]
+    cost = result.get("total_cost_usd")
+    totals: Dict[str, float] = {name: sum(column) for name, column in zip(CLAUDE_TOTALS, zip(*rows))}
+    return {**totals, "cost": cost} if isinstance(cost, (int, float)) else totals
+
+
+def claude_own(totals: Dict[str, float], before: Dict[str, float], result: Json) -> Dict[str, float]:
+    """A turn's part of the totals. They run on if they leave room for the turn's `usage` beside those of before."""
+    own = {name: round(count - before.get(name, 0), 10) for name, count in totals.items()}
+    tokens = sum(own.get(name, 0) for name in CLAUDE_TOTALS)
+    usage = sum(counts_in(result.get("usage"), CLAUDE_USAGE))
+    return own if before and min(own.values(), default=0) >= 0 and tokens >= usage else totals
+
+
+def claude_usage(own: Dict[str, float], result: Json) -> Optional[Usage]:
+    """A turn's counts. After a broken stream `usage` is all 0, while the turn's `own` part of the totals is right."""
     usage = result.get("usage") or {}
-    names = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-    counts = [usage.get(name) or 0 for name in names]
+    counts = counts_in(usage, CLAUDE_USAGE)
     if not any(counts):
-        twins = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
-        counts = [sum(m.get(name) or 0 for m in (result.get("modelUsage") or {}).values()) for name in twins]
+        counts = [int(own.get(name, 0)) for name in CLAUDE_TOTALS]
     fresh, output, cached, created = counts
     thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return Usage(fresh, output, cached, created, thinking, cache_inside=False) if any(counts) else None
+
+
+def forgotten(backend: str) -> Forgotten:
+    return Forgotten(f"{backend} has lost the conversation of this session, whose file was deleted: begin another "
+                     "session, and say in it what it must know")
 
 
 def rate_limited(message: str, retry_after: Optional[float]) -> RateLimited:
@@ -1804,6 +1942,7 @@ def rate_limited(message: str, retry_after: Optional[float]) -> RateLimited:
 class JsonRpc(JsonLines):
     """Calls and notifications, both ways, one a line. `call` is followed by `then` when its reply comes."""
     version_field: ClassVar[Json] = {}  # what every message carries
+    REHEARSED: ClassVar[Json] = {"thread": {"id": "<thread>"}, "turn": {"id": "<turn>"}, "sessionId": "<session>"}
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         super().__init__(name, program, config, cli_version)
@@ -1818,13 +1957,20 @@ class JsonRpc(JsonLines):
     def notify(self, mouth: Mouth, method: str) -> None:
         mouth.say({**self.version_field, "method": method})
 
+    def rehearse(self, request: Settled, told: Mouth) -> None:
+        """With replies as the CLI would give them, as far as a next call hangs on them."""
+        super().rehearse(request, told)
+        while self.replies:
+            then = self.replies.pop(min(self.replies))
+            collections.deque(then(self.REHEARSED, told), maxlen=0)
+
     def parse_line(self, message: Json, mouth: Mouth) -> Iterator[Event]:
         if "method" in message and "id" in message:
             yield from self.shown(message["method"], message.get("params") or {})
             answer = self.asked(message["method"], message.get("params") or {})
             mouth.say({**self.version_field, "id": message["id"], **answer})
         elif "method" in message:
-            yield from self.notified(message["method"], message.get("params") or {})
+            yield from self.notified(message["method"], message.get("params") or {}, mouth)
         elif message.get("id") in self.replies:
             then = self.replies.pop(message["id"])
             if "error" in message:
@@ -1845,7 +1991,7 @@ class JsonRpc(JsonLines):
         """A reply: each call is a step on the way to the answer."""
         return "method" not in message
 
-    def notified(self, method: str, params: Json) -> Iterator[Event]:
+    def notified(self, method: str, params: Json, mouth: Mouth) -> Iterator[Event]:
         """The events in a notification."""
         raise NotImplementedError
 
@@ -1867,6 +2013,7 @@ class Codex(JsonRpc):
     is ISOLATED and the user's KEPT keys, its auth.json a link to the user's."""
     honours = frozenset({"model", "approval_mode", "sandbox_mode", "system_prompt", "effort"})
     noise = r"WARNING: proceeding|could not (create|update) PATH|Reading prompt from stdin|could not find bubblewrap"
+    stores_at_exit = True
     SANDBOX = {"read-only": "read-only", "workspace": "workspace-write", "full": "danger-full-access"}
     EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"})
     LONGEST = 1_048_576  # characters of a prompt
@@ -1925,20 +2072,33 @@ class Codex(JsonRpc):
 
     def user_settings(self, request: Settled, output_of: OutputOf) -> Json:
         """The KEPT keys of the user's config, as codex understands it."""
-        said = [{"id": 1, "method": "initialize", "params": CODEX_CLIENT}, {"method": "initialized"},
-                {"id": 2, "method": "config/read", "params": {"includeLayers": True, "cwd": request.workdir}}]
-        command = Command([*self.program, "app-server"], request.workdir, child_environ(self.config, self.name))
-        told = output_of(command, b"".join(json.dumps(m).encode() + b"\n" for m in said), b'{"id":2,')
-        replies = [json.loads(line) for line in told.splitlines() if line.startswith(b'{"id":2,')]
-        if not replies or "error" in replies[0]:
-            reason = replies[0]["error"].get("message", "") if replies else "it did not answer"
-            raise BackendFailed(f"codex can not read its own config: {reason}")
+        asked = {"includeLayers": True, "cwd": request.workdir}
+        told = self.answer_to("config/read", asked, request.workdir, output_of)
         settings: Json = {}
-        for layer in reversed(replies[0]["result"]["layers"]):
+        for layer in reversed(told["layers"]):
             if layer["name"]["type"] != "project":
                 settings.update(layer["config"])
         settings.update((settings.get("profiles") or {}).get(settings.get("profile")) or {})
         return {key: settings[key] for key in self.KEPT if key in settings}
+
+    def answer_to(self, method: str, params: Json, cwd: str, output_of: OutputOf) -> Json:
+        """The result of one call, which an app-server of its own answers. Raises BackendFailed if it does not."""
+        said = [{"id": 1, "method": "initialize", "params": CODEX_CLIENT}, {"method": "initialized"},
+                {"id": 2, "method": method, "params": params}]
+        command = Command([*self.program, "app-server"], cwd, child_environ(self.config, self.name))
+        told = output_of(command, b"".join(json.dumps(m).encode() + b"\n" for m in said), b'{"id":2,')
+        replies = [json.loads(line) for line in told.splitlines() if line.startswith(b'{"id":2,')]
+        if not replies or "error" in replies[0]:
+            reason = replies[0]["error"].get("message", "") if replies else "it did not answer"
+            raise BackendFailed(f"codex does not do {method}: {reason}")
+        return cast(Json, replies[0]["result"])
+
+    def forget(self, session_id: str, output_of: OutputOf) -> None:
+        try:
+            self.answer_to("thread/delete", {"threadId": session_id}, str(self.config.home), output_of)
+        except BackendFailed as error:
+            if "no rollout found" not in str(error):  # it is not there any more
+                raise
 
     def command(self, request: Settled) -> Command:
         env = child_environ(self.config, self.name)
@@ -1951,11 +2111,20 @@ class Codex(JsonRpc):
         self.notify(mouth, "initialized")
 
     def ask(self, request: Settled, mouth: Mouth) -> None:
-        self.call(mouth, "thread/start", self.thread(request), functools.partial(self.thread_started, request))
+        then = functools.partial(self.thread_started, request)
+        if request.resume:
+            of_before = {"threadId": request.resume, "excludeTurns": True}
+            self.call(mouth, "thread/resume", {**of_before, **self.thread(request)}, then)
+        else:
+            self.call(mouth, "thread/start", {"ephemeral": not request.keeps, **self.thread(request)}, then)
+
+    def ignored(self, request: Settled) -> List[str]:
+        """A thread keeps the instructions that it began with."""
+        return super().ignored(request) + (["system_prompt"] if request.resume and request.system_prompt else [])
 
     def thread(self, request: Settled) -> Json:
-        """What `thread/start` is told. `untrusted` is the approval policy that asks; what it asks is declined."""
-        thread: Json = {"cwd": request.workdir, "ephemeral": True,
+        """How a thread is to run. `untrusted` is the approval policy that asks; what it asks is declined."""
+        thread: Json = {"cwd": request.workdir,
                         "approvalPolicy": "untrusted" if request.approval_mode == "always" else "never"}
         if request.model:
             thread["model"] = request.model
@@ -1997,7 +2166,7 @@ class Codex(JsonRpc):
     def is_decisive(self, message: Json) -> bool:
         return super().is_decisive(message) or message["method"] == "turn/completed"
 
-    def notified(self, method: str, params: Json) -> Iterator[Event]:
+    def notified(self, method: str, params: Json, mouth: Mouth) -> Iterator[Event]:
         if method == "item/agentMessage/delta":
             yield from self.spoken.says(params["delta"])
         elif method == "item/reasoning/summaryTextDelta":
@@ -2067,7 +2236,13 @@ class Codex(JsonRpc):
         return BackendFailed(f"codex failed: {text}")
 
     def rpc_error(self, error: Json) -> ClinvkError:
-        return BackendFailed(f"codex refused the request: {error.get('message')}")
+        text = str(error.get("message"))
+        if "no rollout found" in text:
+            return forgotten("codex")
+        if "active writer" in text:
+            return Conflict("codex has the conversation of this session open elsewhere: close it there, or begin "
+                            "another session")
+        return BackendFailed(f"codex refused the request: {text}")
 
     def asked(self, method: str, params: Json) -> Json:
         """Nothing is ever accepted: codex runs what it accepts without its sandbox."""
@@ -2145,6 +2320,7 @@ class Gemini(JsonRpc):
     version_field: ClassVar[Json] = {"jsonrpc": "2.0"}
     PERMISSION = {"default": "default", "auto": "autoEdit", "none": "yolo", "always": "default"}
     ALIASES = frozenset({"auto", "pro", "flash", "flash-lite"})
+    REPLAY_SILENCE = 3.0  # seconds
     MODEL = "flash"  # of the model way, if none is said: "auto" asks the provider first which one to take
     COMMANDS = re.compile(r"\s*[/$]\s*(memory|extensions|init|restore|about|help)(\s|$)")
     LINKED = ("oauth_creds.json", "google_accounts.json", "gemini-credentials.json", "installation_id", ".env")
@@ -2162,6 +2338,9 @@ class Gemini(JsonRpc):
         self.grants = False  # whether tools that ask are allowed
         self.first_session = str(uuid.uuid4())  # gemini stores one at its start, besides the one that we ask for
         self.session = ""
+        self.begun = False  # the session is open
+        self.replay_end = ""  # the text that a replay of the conversation ends with; "" once it has
+        self.silent_ticks = 0
         self.prompted = False  # nothing that comes before is part of the answer
         self.opens = True
         self.characters = 0  # of answer text that have come
@@ -2236,24 +2415,43 @@ class Gemini(JsonRpc):
         nothing_of_ours = {"fs": {"readTextFile": False, "writeTextFile": False}, "terminal": False}
         self.call(mouth, "initialize", {"protocolVersion": 1, "clientCapabilities": nothing_of_ours}, self.initialized)
 
+    def prepare(self, request: Settled, output_of: OutputOf) -> None:
+        if request.resume:
+            self.replay_end = prepare_to_load(self.chats(), request.resume, request.workdir)
+
+    def chats(self) -> Path:
+        """Where gemini stores conversations, in a directory per project."""
+        return self.user_home() / ".gemini" / "tmp"
+
     def ask(self, request: Settled, mouth: Mouth) -> None:
         self.request, self.grants = request, grants_leave(request)
         if 1 not in self.replies:  # it is past its greeting
-            self.new_session(request, mouth)
+            self.open_session(request, mouth)
 
     def initialized(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
         if self.request:
-            self.new_session(self.request, mouth)
+            self.open_session(self.request, mouth)
         return iter(())
 
-    def new_session(self, request: Settled, mouth: Mouth) -> None:
-        self.call(mouth, "session/new", {"cwd": request.workdir, "mcpServers": []}, self.session_begun)
+    def open_session(self, request: Settled, mouth: Mouth) -> None:
+        place = {"cwd": request.workdir, "mcpServers": []}
+        if request.resume:
+            self.call(mouth, "session/load", {"sessionId": request.resume, **place}, self.session_begun)
+        else:
+            self.call(mouth, "session/new", place, self.session_begun)
 
     def session_begun(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
         assert self.request
-        self.session = reply["sessionId"]
+        self.session, self.begun = self.request.resume or reply["sessionId"], True
         model = (reply.get("models") or {}).get("currentModelId") or self.request.model
         yield Init(model, self.session, self.request.workdir)
+        self.go_on(mouth)
+
+    def go_on(self, mouth: Mouth) -> None:
+        """Once the session is open and its replay has ended, whichever comes last: the mode, then the prompt."""
+        assert self.request
+        if not self.begun or self.replay_end:
+            return
         mode = "plan" if self.request.sandbox_mode == "read-only" else self.PERMISSION[self.request.approval_mode]
         if mode != "default" and not self.request.isolated:
             self.call(mouth, "session/set_mode", {"sessionId": self.session, "modeId": mode}, self.mode_set)
@@ -2270,11 +2468,16 @@ class Gemini(JsonRpc):
         text = {"type": "text", "text": self.whole_prompt(self.request)}
         self.call(mouth, "session/prompt", {"sessionId": self.session, "prompt": [text]}, self.turn_ended)
 
-    def notified(self, method: str, params: Json) -> Iterator[Event]:
-        if method != "session/update" or not self.prompted:
+    def notified(self, method: str, params: Json, mouth: Mouth) -> Iterator[Event]:
+        if method != "session/update":
             return
         update = params["update"]
         kind = update["sessionUpdate"]
+        if not self.prompted:
+            if self.replay_end and kind == "user_message_chunk" and update["content"].get("text") == self.replay_end:
+                self.replay_end = ""
+                self.go_on(mouth)
+            return
         if kind == "agent_message_chunk" and update["content"].get("text"):
             yield Message(update["content"]["text"], opens=self.opens)
             self.opens = False
@@ -2336,14 +2539,22 @@ class Gemini(JsonRpc):
             return rate_limited(f"gemini: {text}", None)
         if status == 404 or re.search(r"models/\S+ is not found", text):
             return UnknownModel(f"gemini: {text}")
+        if text.startswith(("No previous sessions found", "Invalid session identifier")):
+            return forgotten("gemini")
         return BackendFailed(f"gemini failed: {text}")
 
     def not_json(self, line: bytes) -> None:
         if b"accounts.google.com/o/oauth2" in line or b"authorization code" in line:
             raise self.logged_out("it asks for a login with Google")
 
-    def look(self) -> Iterator[Event]:
-        """gemini tries again for minutes after a 429, and tells so in its debug log only."""
+    def look(self, mouth: Mouth) -> Iterator[Event]:
+        """gemini tries again for minutes after a 429, and tells so in its debug log only. A replay that does not end as
+        we wrote it, in a newer version, has ended when nothing more comes."""
+        self.silent_ticks += 1
+        if self.begun and self.replay_end and self.silent_ticks > self.REPLAY_SILENCE / TICK:
+            LOG.warning("gemini %s: the end of a replay is not understood", self.cli_version)
+            self.replay_end = ""
+            self.go_on(mouth)
         with contextlib.suppress(FileNotFoundError):
             log = (self.scratch or Path()).joinpath("debug.log").read_text(encoding="utf-8", errors="replace")
             if re.search(r"Attempt \d+ failed with status 429", log):
@@ -2357,13 +2568,126 @@ class Gemini(JsonRpc):
         else:
             yield from super().at_end(exit_code, stderr)
 
+    def forget(self, session_id: str, output_of: OutputOf) -> None:
+        for file in [*chat_files(self.chats(), session_id), *loadable_files(self.chats(), session_id)]:
+            file.unlink()
+
     def clean_up(self) -> None:
-        """Nothing is stored of an agent run, either: gemini has no way to say so before."""
+        """gemini stores every conversation, and has no way to be told not to. A session that was loaded is in a file
+        with a name of ours, and what was stored besides is none."""
         super().clean_up()
         if self.request and not self.request.isolated:
-            for session in (self.first_session, self.session):
-                for file in (self.user_home() / ".gemini" / "tmp").glob(f"*/chats/session-*-{session[:8]}.jsonl"):
+            kept = self.request.keeps and not self.request.resume
+            for session in (self.first_session, *([] if kept else [self.session])):
+                for file in chat_files(self.chats(), session):
                     file.unlink()
+
+
+# ---- gemini's stored conversations (measured on 0.61.0)
+
+def chat_files(chats: Path, session_id: str) -> List[Path]:
+    """What gemini has stored of a session, under the names that it gives: a minute, and 8 digits of the id."""
+    return sorted(chats.glob(f"*/chats/session-*-{session_id[:8]}.jsonl")) if session_id else []
+
+
+def loadable_files(chats: Path, session_id: str) -> List[Path]:
+    """The file of a session that we have prepared to be loaded; none, or one."""
+    return list(chats.glob(f"*/chats/session-clinvk-{session_id}.jsonl"))
+
+
+def prepare_to_load(chats: Path, session_id: str, workdir: str) -> str:
+    """Make ready what gemini would destroy: the text that the replay of the conversation will end with. Raises
+    Forgotten.
+
+    Under gemini's own name a file can not be loaded in the minute of its beginning, and is deleted by the next gemini
+    that starts after it has been loaded. Each load adds the whole history to the file once more. Tool calls are stored
+    so that a load doubles their results, which the provider refuses. And the replay goes on after the reply that should
+    end it, while nothing but a turn of ours tells it from an answer; gemini keeps a turn with a slash to itself."""
+    stored = loadable_files(chats, session_id) or chat_files(chats, session_id)
+    if not stored:
+        raise forgotten("gemini")
+    metadata, messages = stored_conversation(stored[0])
+    now = utc(time.time())
+    if "sessionId" not in metadata:  # the start of another gemini has taken it away, just before the first turn
+        project = hashlib.sha256(workdir.encode()).hexdigest()
+        metadata = {"sessionId": session_id, "projectHash": project, "startTime": now, "lastUpdated": now,
+                    "kind": "main", **metadata}
+    mark = f"{OUR_MARK}{uuid.uuid4()}"
+    last = {"id": str(uuid.uuid4()), "timestamp": now, "type": "user", "content": [{"text": mark}]}
+    lines = [json.dumps(line) + "\n" for line in (metadata, *map(loadable, with_paired_tools(messages)), last)]
+    write_whole(stored[0].with_name(f"session-clinvk-{session_id}.jsonl"), "".join(lines))
+    for file in chat_files(chats, session_id):
+        file.unlink()
+    return mark
+
+
+OUR_MARK = "/clinvk-"
+
+
+def stored_conversation(file: Path) -> Tuple[Json, List[Json]]:
+    """Metadata and messages in a file of gemini's: lines that add a message, or set metadata or all messages anew."""
+    metadata: Json = {}
+    messages: Dict[str, Json] = {}
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        record = json.loads(line) if line.strip() else {}
+        if "$rewindTo" in record:
+            known = list(messages)
+            dropped = known.index(record["$rewindTo"]) if record["$rewindTo"] in known else 0
+            messages = {name: messages[name] for name in known[:dropped]}
+        elif "id" in record:
+            messages[record["id"]] = record
+        else:
+            fields = dict(record.get("$set", record))
+            replaced = fields.pop("messages", None)
+            metadata.update(fields)
+            messages = messages if replaced is None else {message["id"]: message for message in replaced}
+    return metadata, [message for message in messages.values() if not text_of(message).startswith(OUR_MARK)]
+
+
+def parts_of(message: Json) -> List[Json]:
+    content = message.get("content") or []
+    return [{"text": content}] if isinstance(content, str) else content if isinstance(content, list) else [content]
+
+
+def text_of(message: Json) -> str:
+    return "".join(part.get("text") or "" for part in parts_of(message))
+
+
+def ids_in(message: Json, kind: str) -> List[str]:
+    """Of the `functionCall`s or `functionResponse`s in a message's content."""
+    return [part[kind]["id"] for part in parts_of(message) if kind in part]
+
+
+def loadable(message: Json) -> Json:
+    """gemini leaves a user's turn that begins with a slash or a question mark out of what it loads; after a word joiner
+    it does not."""
+    if message.get("type") != "user" or not text_of(message).lstrip().startswith(("/", "?")):
+        return message
+    return {**message, "content": [{"text": "\u2060"}, *parts_of(message)]}
+
+
+def with_paired_tools(messages: List[Json]) -> List[Json]:
+    """gemini stores a tool's result with its call and again as a turn of the user's, and the calls of a second turn
+    with those of the first. Here every call stands once, with its result, where that was a turn."""
+    results = {part["functionResponse"]["id"]: part for message in messages for part in parts_of(message)
+               if "functionResponse" in part}
+    calls = {call["id"]: call for message in messages for call in message.get("toolCalls") or []}
+    called = {name for message in messages for name in ids_in(message, "functionCall")}  # in a content: leave it there
+    placed: Set[str] = set()
+    paired: List[Json] = []
+    for message in messages:
+        answered = ids_in(message, "functionResponse")
+        here = [name for name in answered if name not in placed]
+        placed.update(here)
+        hung = [{**calls[name], "result": [results[name]]} for name in here if name in calls and name not in called]
+        if hung:
+            paired.append({**message, "type": "gemini", "content": "", "toolCalls": hung})
+        if called & set(here):
+            paired.append({**message, "id": str(uuid.uuid4()), "content": [results[n] for n in here if n in called]})
+        left = [call for call in message.get("toolCalls") or [] if call["id"] not in results]
+        if not answered and (left or parts_of(message) or not message.get("toolCalls")):
+            paired.append({**message, "toolCalls": left})
+    return paired
 
 
 def gemini_usage(counts: Json) -> Optional[Usage]:
@@ -2465,6 +2789,7 @@ def is_alive(pid: int) -> bool:
 class Text(Backend):
     """A CLI from config alone: it reads the system prompt and the prompt on stdin, and prints the answer as text."""
     honours = frozenset({"system_prompt"})
+    remembers = False
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         super().__init__(name, program, config, cli_version)
@@ -2819,9 +3144,11 @@ class Children:
                 self.heir.kill()
                 self.heir.communicate()
 
-    def dismiss(self, child: Child, then: Callable[[], None], *, patience: float) -> None:
+    def dismiss(self, child: Child, then: Callable[[], None], *, patience: float) -> threading.Thread:
         """End `child` in a thread of its own, so that nobody's answer waits for it; call `then` when it has gone."""
-        threading.Thread(target=self.see_off, args=(child, then, patience), name="see off", daemon=True).start()
+        leaving = threading.Thread(target=self.see_off, args=(child, then, patience), name="see off", daemon=True)
+        leaving.start()
+        return leaving
 
     def see_off(self, child: Child, then: Callable[[], None], patience: float) -> None:
         try:
@@ -2893,16 +3220,22 @@ def conversation(request: Settled, backend: Backend, children: Children, slots: 
     except BaseException:
         leave_nothing(backend, slots)
         raise
-    patience = 0.0
+    done: Optional[Done] = None
     try:
         backend.greet(child)
         backend.ask(request, child)
         for event in told_by(backend, child, stop):
-            if isinstance(event, Done) and event.exit_code == 0:
-                patience = PATIENCE
-            yield event
+            if isinstance(event, Done):
+                done = event
+            else:
+                yield event
     finally:
-        children.dismiss(child, functools.partial(leave_nothing, backend, slots), patience=patience)
+        patience = PATIENCE if done and done.exit_code == 0 else 0.0
+        leaving = children.dismiss(child, functools.partial(leave_nothing, backend, slots), patience=patience)
+        if request.keeps and (backend.stores_at_exit or not done):
+            leaving.join()  # only then can the next turn begin
+    assert done
+    yield done
 
 
 def leave_nothing(backend: Backend, slots: Slots) -> None:
@@ -2944,7 +3277,7 @@ def until_done(backend: Backend, child: Child, stop: Stop) -> Iterator[Event]:
     heard = time.monotonic()
     try:
         for data in child.output(stop):
-            for event in backend.read(data, child) if data else backend.look():
+            for event in backend.read(data, child) if data else backend.look(child):
                 yield event
                 if isinstance(event, Done):
                     return
@@ -3047,6 +3380,400 @@ def targets(family: List[Process], told: Set[int]) -> Set[int]:
     have been told before, any other process by itself."""
     led = {p.group for p in family if p.group == p.pid} - {p.group for p in family if p.pid in told}
     return {-p.group if p.group in led else p.pid for p in family if p.pid not in told}
+
+
+# ==== Sessions ====================================================================================
+# In: a session, and the events of its next turn. Out: the same events, each step stored before it is told.
+
+STATUSES = ("active", "completed", "error", "paused")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One conversation (SPEC 2.3). Its fields are the columns of a row; times are seconds since the epoch."""
+    id: str  # 32 hex digits
+    backend: str
+    created_at: float
+    last_used: float
+    working_dir: str
+    model: str
+    title: str
+    tags: List[str]
+    metadata: Dict[str, str]
+    initial_prompt: str
+    system_prompt: str  # of the first turn
+    status: str = "active"
+    turn_count: int = 0
+    token_usage: Dict[str, int] = dataclasses.field(default_factory=dict)  # of all turns; empty: nothing was told
+    cli_totals: Dict[str, float] = dataclasses.field(default_factory=dict)  # what the CLI had counted after the last
+    backend_session_id: str = ""  # what the CLI calls it
+    error_message: str = ""
+    owner: str = ""  # the server in which a turn of it runs
+
+    def begun(self, init: Init) -> Session:
+        """Now that its CLI has said what it calls it."""
+        return dataclasses.replace(self, model=self.model or init.model,
+                                   backend_session_id=init.backend_session_id or self.backend_session_id)
+
+    def ended(self, done: Done, usage: Optional[Usage]) -> Session:
+        """After a turn, and its counts."""
+        counts = {} if usage is None else native_usage(usage)
+        total = {**self.token_usage, **{name: self.token_usage.get(name, 0) + n for name, n in counts.items()}}
+        return dataclasses.replace(self, status="error" if done.exit_code else "completed", owner="",
+                                   last_used=time.time(), turn_count=self.turn_count + 1, token_usage=total,
+                                   cli_totals=done.totals or self.cli_totals)
+
+
+def new_session(request: Settled, tags: Sequence[str]) -> Session:
+    """The session whose first turn is `request`."""
+    first_line = next(line.strip() for line in request.prompt.splitlines() if line.strip())
+    now = time.time()
+    return Session(uuid.uuid4().hex, request.backend, now, now, request.workdir, request.model, first_line[:50],
+                   list(dict.fromkeys([*tags, "api"])), request.metadata, request.prompt, request.system_prompt)
+
+
+def kept(session: Session, events: Events, store: Store, *, is_new: bool, counts_usage: bool) -> Events:
+    """The events of a run that is the next turn of `session`.
+
+    It is stored as `active` before the run begins, and as it has ended before the Done. Raises Conflict if a turn of it
+    is running already. A run that can not even be started, or whose conversation the CLI has lost, raises its error and
+    leaves the session as it was; a new one is gone again."""
+    before, session = store.begin(session, is_new=is_new)
+    try:
+        yield from recorded(session, events, store, counts_usage=counts_usage)
+    except ClinvkError:
+        store.put_back(session.id, before)
+        raise
+    finally:
+        store.release(session.id)
+
+
+def recorded(session: Session, events: Events, store: Store, *, counts_usage: bool) -> Events:
+    usage: Optional[Usage] = None
+    with contextlib.closing(events):
+        for event in events:
+            if isinstance(event, Init):
+                session = session.begun(event)
+                store.save(session)
+            elif isinstance(event, TokenUsage) and counts_usage:
+                usage = event.usage
+            elif isinstance(event, Failure):
+                if isinstance(event.error, (Forgotten, Conflict)):  # the prompt has not been given
+                    event.error.prompted = False
+                    raise event.error
+                session = dataclasses.replace(session, error_message=event.error.whole)
+            elif isinstance(event, Done):
+                try:
+                    store.save(session.ended(event, usage))
+                except StoreUnavailable as error:
+                    yield Failure(StoreUnavailable(f"the run has ended, but its session is not stored: {error}"))
+                    event = dataclasses.replace(event, exit_code=event.exit_code or -1)
+            yield event
+
+
+# ---- The store
+
+# A database's user_version says how many of these it has been through. None is ever changed once it has been released:
+# what comes later is a migration of its own.
+MIGRATIONS: Tuple[Tuple[str, ...], ...] = ((
+    """CREATE TABLE sessions (
+           id TEXT PRIMARY KEY, backend TEXT NOT NULL, created_at REAL NOT NULL, last_used REAL NOT NULL,
+           working_dir TEXT NOT NULL, model TEXT NOT NULL, title TEXT NOT NULL, tags TEXT NOT NULL,
+           metadata TEXT NOT NULL, status TEXT NOT NULL, turn_count INTEGER NOT NULL, token_usage TEXT NOT NULL,
+           cli_totals TEXT NOT NULL, backend_session_id TEXT NOT NULL, error_message TEXT NOT NULL, owner TEXT NOT NULL,
+           system_prompt TEXT NOT NULL, initial_prompt TEXT NOT NULL)""",
+    "CREATE INDEX by_use ON sessions (last_used)",
+    "CREATE INDEX by_backend ON sessions (backend, last_used)",
+    "CREATE INDEX by_status ON sessions (status, last_used)",
+    "CREATE INDEX by_backend_and_status ON sessions (backend, status, last_used)"),)
+LOCK_WAIT = 5.0  # seconds for another server to end what it writes
+
+
+class Database:
+    """A connection to the database, which other servers have, too. One thread at a time is in a transaction.
+
+    A file that has been removed or replaced meanwhile is opened anew: what is written must not be lost with the old."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.lock = threading.Lock()
+        self.open()
+
+    def open(self) -> None:
+        """Raises ConfigError if the database is none that this clinvk can use."""
+        make_database(self.file)
+        self.connection = sqlite3.connect(str(self.file), timeout=LOCK_WAIT, isolation_level=None,
+                                          check_same_thread=False)
+        self.connection.execute("PRAGMA synchronous = NORMAL")  # a killed server loses nothing
+        self.identity = identity_of(self.file)
+
+    @contextlib.contextmanager
+    def transaction(self, kind: str) -> Iterator[sqlite3.Connection]:
+        """`kind` is DEFERRED to read, IMMEDIATE to write. Raises StoreUnavailable."""
+        try:
+            with self.lock:
+                if identity_of(self.file) != self.identity:
+                    self.connection.close()
+                    self.open()
+                self.connection.execute(f"BEGIN {kind}")
+                try:
+                    yield self.connection
+                    self.connection.execute("COMMIT")
+                finally:
+                    if self.connection.in_transaction:
+                        self.connection.execute("ROLLBACK")
+        except (sqlite3.Error, OSError, ConfigError) as error:
+            raise StoreUnavailable(f"the sessions can not be read or written: {self.file}: {error}") from None
+
+
+def identity_of(file: Path) -> Optional[Tuple[int, int]]:
+    """What another file in the same place does not have; None if there is no file."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def make_database(file: Path) -> None:
+    """Make the database, or bring it to the present version. Raises ConfigError, and touches nothing, if it is of a
+    newer one, or is none of clinvk's."""
+    try:
+        version = version_of(file)
+        if version > len(MIGRATIONS):
+            raise ConfigError(f"{file}: was written by a newer clinvk (version {version} of the database; this one "
+                              f"knows {len(MIGRATIONS)}). Use that clinvk, or set CLINVK_HOME to another directory")
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        file.chmod(0o600)
+        with contextlib.closing(sqlite3.connect(str(file), timeout=LOCK_WAIT, isolation_level=None)) as connection:
+            use_wal(connection)
+            migrate(connection)
+    except sqlite3.Error as error:
+        raise ConfigError(f"{file}: can not be used as the database of the sessions: {error}. Mend that, move the file "
+                          "away, or set CLINVK_HOME to another directory") from None
+
+
+def version_of(file: Path) -> int:
+    """The version of a database, told without writing anything; 0 if there is none yet."""
+    if not file.exists() or not file.stat().st_size:
+        return 0
+    log = Path(f"{file}-wal")
+    untouched = "" if log.exists() and log.stat().st_size else "&immutable=1"
+    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro{untouched}", uri=True)) as connection:
+        return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def use_wal(connection: sqlite3.Connection) -> None:
+    """SQLite does not wait by itself for another server that is doing the same."""
+    patience_ends = time.monotonic() + LOCK_WAIT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > patience_ends:
+                raise
+            time.sleep(0.01)
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """All that is missing, in one transaction."""
+    connection.execute("BEGIN IMMEDIATE")
+    done = connection.execute("PRAGMA user_version").fetchone()[0]  # another server may have been first
+    for statement in itertools.chain.from_iterable(MIGRATIONS[done:]):
+        connection.execute(statement)
+    if done < len(MIGRATIONS):
+        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    connection.execute("COMMIT")
+
+
+class Lease:
+    """The sign that a server lives: a file that it holds a lock on, which ends with its process, however that ends."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.name = directory, uuid.uuid4().hex
+        self.handle, unnamed = tempfile.mkstemp(dir=directory, prefix=".")
+        if fcntl:
+            fcntl.flock(self.handle, fcntl.LOCK_EX)
+        os.replace(unnamed, directory / self.name)  # who finds it finds it locked
+
+    def is_held(self, name: str) -> bool:
+        """Whether the server of that name lives."""
+        if name == self.name or not fcntl:
+            return name == self.name
+        try:
+            handle = os.open(self.directory / name, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+    def sweep(self) -> None:
+        """Remove the files of servers that were killed."""
+        for file in self.directory.glob("[0-9a-f]*"):
+            if not self.is_held(file.name):
+                file.unlink()
+
+    def end(self) -> None:
+        (self.directory / self.name).unlink()
+        os.close(self.handle)
+
+
+class Store:
+    """Every session. A method may be called from any thread; when it returns, what it changed is committed.
+
+    All of them raise StoreUnavailable if the database can not be used."""
+    COLUMNS = tuple(f.name for f in dataclasses.fields(Session))
+    AS_JSON = ("tags", "metadata", "token_usage", "cli_totals")
+    SHOWN = 1000  # characters of an initial_prompt in a list: it may have megabytes
+    AT_ONCE = 1000  # sessions to delete in one transaction: others write meanwhile
+
+    def __init__(self, config: Config) -> None:
+        """Raises ConfigError if the database is none that this clinvk can use, and OSError."""
+        self.file = own_directory(config, "servers").parent / "sessions.db"
+        make_database(self.file)
+        self.lease = Lease(own_directory(config, "servers"))
+        self.reading, self.writing = Database(self.file), Database(self.file)  # so that no reader waits for a writer
+        self.changed = threading.Condition()  # guards running
+        self.running: Set[str] = set()  # the sessions that a turn of is running in this server
+        self.recover()
+
+    # ---- A turn
+
+    def begin(self, session: Session, *, is_new: bool) -> Tuple[Optional[Session], Session]:
+        """A turn of `session` begins: the session as it was (None if it is new), and as it is now, active. Raises
+        Conflict if another turn is running, in any server, and NotFound if it has been deleted."""
+        with self.writing.transaction("IMMEDIATE") as db:
+            before = None if is_new else self.idle(db, session.id)
+            now = dataclasses.replace(before or session, status="active", owner=self.lease.name, error_message="",
+                                      metadata={**(before or session).metadata, **session.metadata},
+                                      last_used=time.time())
+            self.put(db, now)
+        with self.changed:
+            self.running.add(now.id)
+        return before, now
+
+    def save(self, session: Session) -> None:
+        with self.writing.transaction("IMMEDIATE") as db:
+            self.put(db, session)
+
+    def put_back(self, session_id: str, before: Optional[Session]) -> None:
+        """The session as if the turn had not begun."""
+        with self.writing.transaction("IMMEDIATE") as db:
+            if before:
+                self.put(db, before)
+            else:
+                db.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
+
+    def release(self, session_id: str) -> None:
+        """The turn has ended, one way or the other."""
+        try:
+            self.give_up("id", [session_id], "the request was given up before its answer was complete")
+        except StoreUnavailable as error:
+            LOG.error("session %s: how it ended is not stored: %s", session_id, error)
+        finally:
+            with self.changed:
+                self.running.discard(session_id)
+                self.changed.notify_all()
+
+    def give_up(self, column: str, values: List[str], reason: str) -> None:
+        """What is still active has failed."""
+        with self.writing.transaction("IMMEDIATE") as db:
+            db.executemany("UPDATE sessions SET status = 'error', error_message = ?, owner = '' "
+                           f"WHERE {column} = ? AND status = 'active'", [(reason, value) for value in values])
+
+    def recover(self) -> None:
+        """Turns of servers that were killed have ended."""
+        with self.reading.transaction("DEFERRED") as db:
+            owners = [row[0] for row in db.execute("SELECT DISTINCT owner FROM sessions WHERE status = 'active'")]
+        dead = [owner for owner in owners if not self.lease.is_held(owner)]
+        if dead:
+            self.give_up("owner", dead, "server stopped during the run")
+        self.lease.sweep()
+
+    # ---- Rows
+
+    def put(self, db: sqlite3.Connection, session: Session) -> None:
+        row = [getattr(session, name) for name in self.COLUMNS]
+        written = [json.dumps(value) if name in self.AS_JSON else value for name, value in zip(self.COLUMNS, row)]
+        db.execute(f"INSERT OR REPLACE INTO sessions ({', '.join(self.COLUMNS)}) "
+                   f"VALUES ({', '.join('?' * len(self.COLUMNS))})", written)
+
+    def select(self, db: sqlite3.Connection, rest: str, values: Sequence[Any], *, cut: bool = False) -> List[Session]:
+        """The sessions that `rest` of a SELECT finds; with `cut`, only the beginning of long prompts."""
+        shown = ", ".join(self.COLUMNS)
+        if cut:
+            shown = shown.replace("initial_prompt", f"substr(initial_prompt, 1, {self.SHOWN + 1})")
+        found = [dict(zip(self.COLUMNS, row)) for row in db.execute(f"SELECT {shown} FROM sessions {rest}", values)]
+        for row in found:
+            row.update({name: json.loads(row[name]) for name in self.AS_JSON})
+            if cut and len(row["initial_prompt"]) > self.SHOWN:
+                row["initial_prompt"] = row["initial_prompt"][:self.SHOWN] + "…"
+        return [Session(**row) for row in found]
+
+    def find(self, prefix: str) -> Session:
+        """By id, or the first digits of one. Raises NotFound, and Conflict if several begin so."""
+        low = prefix.lower()
+        if not re.fullmatch("[0-9a-f]{1,32}", low):
+            raise NotFound(f'there is no session "{prefix}": an id has 32 hex digits, of which the first can do')
+        with self.reading.transaction("DEFERRED") as db:
+            found = self.select(db, "WHERE id >= ? AND id < ? ORDER BY id LIMIT 2", (low, low + "g"))
+        if len(found) > 1:
+            raise Conflict(f'several sessions begin with "{prefix}", such as {found[0].id} and {found[1].id}: give '
+                           "more digits")
+        if not found:
+            raise NotFound(f'there is no session "{prefix}"; GET /api/v1/sessions lists what there is')
+        return found[0]
+
+    def idle(self, db: sqlite3.Connection, session_id: str) -> Session:
+        """A session of which no turn is running. Raises Conflict, and NotFound if it has been deleted."""
+        found = self.select(db, "WHERE id = ?", (session_id,))
+        if not found:
+            raise NotFound(f"the session {session_id} has just been deleted")
+        if found[0].status == "active" and self.lease.is_held(found[0].owner):
+            raise Conflict(f"the session {session_id} is in use: wait for the answer to its last request, or begin "
+                           "another session")
+        return found[0]
+
+    def page(self, backend: str, status: str, limit: int, offset: int) -> Tuple[List[Session], int]:
+        """Sessions, last used first, and how many there are in all; an empty `backend` or `status` is any."""
+        wanted = {name: value for name, value in (("backend", backend), ("status", status)) if value}
+        where = f"WHERE {' AND '.join(f'{name} = ?' for name in wanted)}" if wanted else ""
+        values = tuple(wanted.values())
+        with self.reading.transaction("DEFERRED") as db:
+            total = db.execute(f"SELECT count(*) FROM sessions {where}", values).fetchone()[0]
+            rows = f"SELECT rowid FROM sessions {where} ORDER BY last_used DESC, rowid DESC LIMIT ? OFFSET ?"
+            found = self.select(db, f"WHERE rowid IN ({rows}) ORDER BY last_used DESC, rowid DESC",
+                                (*values, limit, offset), cut=True)
+        return found, total
+
+    def count(self) -> int:
+        with self.reading.transaction("DEFERRED") as db:
+            return int(db.execute("SELECT count(*) FROM sessions").fetchone()[0])
+
+    def remove(self, session_id: str) -> None:
+        """Raises Conflict if a turn of it is running."""
+        with self.writing.transaction("IMMEDIATE") as db:
+            self.idle(db, session_id)
+            db.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
+
+    def expire(self, before: float) -> int:
+        """Delete up to AT_ONCE sessions that were last used before then; how many it were."""
+        oldest = "SELECT rowid FROM sessions WHERE last_used < ? AND status <> 'active' ORDER BY last_used LIMIT ?"
+        with self.writing.transaction("IMMEDIATE") as db:
+            return db.execute(f"DELETE FROM sessions WHERE rowid IN ({oldest})", (before, self.AT_ONCE)).rowcount
+
+    def close(self, seconds: float) -> None:
+        """Wait for the turns that are running to be stored; what is not by then has failed."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.running, seconds)
+        self.give_up("owner", [self.lease.name], "server stopped during the run")
+        self.lease.end()
 
 
 # ==== Fan-out =====================================================================================
@@ -3205,12 +3932,6 @@ def length(pieces: Iterable[str]) -> int:
     return sum(map(len, pieces))
 
 
-def utc(seconds: float) -> str:
-    """RFC 3339, to the millisecond."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="milliseconds").replace(
-        "+00:00", "Z")
-
-
 @dataclass(frozen=True)
 class Asked:
     """What a renderer must know of the request: the model's name for the answer, the prompt's length ..."""
@@ -3263,9 +3984,9 @@ class Native(Renderer):
     """SPEC 2.1: one JSON object, or NDJSON events."""
     stream_type = "application/x-ndjson"
 
-    def __init__(self, asked: Asked, backend: str, ignored: Sequence[str] = ()) -> None:
+    def __init__(self, asked: Asked, backend: str, ignored: Sequence[str] = (), session_id: str = "") -> None:
         super().__init__(asked)
-        self.backend, self.ignored = backend, ignored
+        self.backend, self.ignored, self.session_id = backend, ignored, session_id
 
     def whole(self, result: Result) -> List[bytes]:
         text = marker()
@@ -3274,7 +3995,8 @@ class Native(Renderer):
     def answer(self, result: Result, output: str) -> Json:
         """SPEC 2.1's answer; what does not apply is left out."""
         done = result.done
-        answer: Json = {"backend": self.backend, "model": result.init.model or self.asked.model,
+        answer: Json = {"session_id": self.session_id, "backend": self.backend,
+                        "model": result.init.model or self.asked.model,
                         "exit_code": done.exit_code, "duration_ms": done.duration_ms, "output": output,
                         "token_usage": result.usage and native_usage(result.usage), "cost_usd": done.cost_usd,
                         "error": result.failure and result.failure.error.whole, "ignored": list(self.ignored)}
@@ -3290,7 +4012,7 @@ class Native(Renderer):
 
     def line(self, event: Event, result: Result, **numbers: int) -> List[bytes]:
         """An event as a line of NDJSON; `result` is what has been collected up to it."""
-        line = {"type": EVENT_NAMES[type(event)], "backend": self.backend, "session_id": "",
+        line = {"type": EVENT_NAMES[type(event)], "backend": self.backend, "session_id": self.session_id,
                 "timestamp": utc(time.time()), **numbers}
         if not isinstance(event, Done):
             return [to_json({**line, "content": event_content(event)}) + b"\n"]
@@ -3360,11 +4082,6 @@ def done_content(result: Result, text: str) -> Json:
     return {"exit_code": done.exit_code, "duration_ms": done.duration_ms, "output": text,
             "token_usage": result.usage and native_usage(result.usage), "cost_usd": done.cost_usd,
             "turn_count": done.turn_count}
-
-
-def native_usage(usage: Usage) -> Json:
-    return {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens,
-            "cached_tokens": usage.cached_tokens, "reasoning_tokens": usage.reasoning_tokens}
 
 
 # ---- OpenAI
@@ -3739,6 +4456,7 @@ class Started(NamedTuple):
     events: Events
     request: Settled
     ignored: List[str]
+    session_id: str = ""  # "" if it is a turn of none
 
 
 class Server:
@@ -3754,6 +4472,7 @@ class Server:
         self.children = Children(config.server.max_output_bytes)
         self.programs: Dict[str, Tuple[float, Optional[List[str]]]] = {}  # backend -> when looked up, what was found
         self.versions = {name: __version__ for name in config.backends if issubclass(kind_of(name), InProcess)}
+        self.store = Store(config)
 
     def bound(self, port: int) -> None:
         """The port that was found, if any free one was asked for."""
@@ -3793,20 +4512,51 @@ class Server:
         for. Raises Invalid, UnknownModel, Forbidden and BackendUnavailable. `at` and `prompt_at` are the places of the
         fields, and of the prompt, in the body; `admitted` is for a run of a request that is past the line."""
         self.known_backend(asked.backend, f"{at}.backend")
-        if asked.session_id is not None:
-            raise not_yet(f"{at}.session_id", "sessions")
+        found = self.store.find(asked.session_id) if asked.session_id is not None else None
+        asked, overruled = self.continued(asked, found, at) if found else (asked, [])
         backend = self.backend(asked.backend)
         own_flags = dict.fromkeys(self.config.backends[asked.backend].allowed_extra_flags, True)
         check_flags(asked.extra, {**backend.extra_flags, **own_flags}, asked.backend)
         workdir = self.empty_directory() if asked.isolated else allowed_workdir(asked.workdir, self.config, at)
+        asked = dataclasses.replace(asked, keeps=not (asked.ephemeral or asked.isolated))
         request = settled(asked, self.config, workdir)
         fault = backend.refuses(request)
         if fault:
             raise Invalid([Problem(prompt_at, fault)])
+        ignored = [*backend.ignored(request), *overruled]
+        if request.dry_run:
+            others = request.system_prompt and asked.system_prompt is None
+            shown = dataclasses.replace(request, system_prompt="<system prompt>") if others else request
+            return Started(planned(shown, backend), request, ignored)
         stop.allow(request.timeout_secs)
-        events = planned(request, backend) if request.dry_run else \
-            run(request, backend, self.children, self.slots, stop, admitted=admitted)
-        return Started(events, request, [*backend.ignored(request), *(["metadata"] if request.metadata else [])])
+        events = run(request, backend, self.children, self.slots, stop, admitted=admitted)
+        if not request.keeps:
+            return Started(events, request, ignored + (["metadata"] if request.metadata else []))
+        settings = self.config.session
+        session = dataclasses.replace(found, metadata=request.metadata) if found else \
+            new_session(request, settings.default_tags)
+        events = kept(session, events, self.store, is_new=not found, counts_usage=settings.store_token_usage)
+        return Started(events, request, ignored, session.id)
+
+    def continued(self, asked: PromptRequest, session: Session, at: str) -> Tuple[PromptRequest, List[str]]:
+        """A request that goes on with `session`, and what it asks for that the session has settled already."""
+        kind, model = kind_of(session.backend), asked.model
+        if asked.backend != session.backend:
+            raise Conflict(f"the session {session.id} is one of {session.backend}, not of {asked.backend}: name that "
+                           "backend, or begin another session")
+        if asked.ephemeral:
+            raise Invalid([Problem(f"{at}.ephemeral", "can not be true together with session_id", True)])
+        if not kind.remembers:
+            raise BadRequest(f"{session.backend} has no memory, so its sessions can not be continued: send what was "
+                             "said before in the prompt, and leave out session_id")
+        if asked.system_prompt in (None, session.system_prompt):
+            asked = dataclasses.replace(asked, system_prompt="" if kind.keeps_system_prompt else session.system_prompt)
+        moved = asked.workdir is not None and os.path.realpath(asked.workdir) != session.working_dir
+        renamed = model is not None and named_model(model, asked.backend, self.config) != session.model
+        overruled = [*(["workdir"] if moved else []), *(["model"] if renamed else [])]
+        model = session.model if "model" in kind.honours else None
+        return dataclasses.replace(asked, workdir=session.working_dir, model=model, resume=session.backend_session_id,
+                                   totals_before=session.cli_totals), overruled
 
     def empty_directory(self) -> str:
         """Where the model way runs: clinvk's own, with nothing in it that a CLI could read."""
@@ -3830,11 +4580,45 @@ class Server:
             except ClinvkError as error:
                 LOG.warning("the version of %s is not known: %s", name, error)
 
+    def forget(self, session: Session, stop: Stop) -> None:
+        """Delete what the CLI of a session has stored of it, as far as there is a way."""
+        if not session.backend_session_id:
+            return
+        try:
+            backend = self.backend(session.backend)
+            for _ in self.slots.take(stop.allow(self.config.server.request_timeout_secs)):
+                pass
+            try:
+                backend.forget(session.backend_session_id, functools.partial(output_of, self.children, stop))
+            finally:
+                self.slots.release()
+        except (ClinvkError, OSError) as error:
+            LOG.warning("session %s is deleted, but not what %s has stored of it (%s): %s", session.id, session.backend,
+                        session.backend_session_id, error)
+
+    def expire_sessions(self) -> None:
+        """Delete what is older than `session.retention_days`, now and once a day; a thread of its own calls this."""
+        days = self.config.session.retention_days
+        while days and not self.closing.is_set():
+            try:
+                deleted = self.store.expire(time.time() - days * DAY)
+                if deleted:
+                    LOG.info("%d sessions were older than session.retention_days and are deleted", deleted)
+            except StoreUnavailable as error:
+                LOG.error("old sessions are not deleted: %s", error)
+                deleted = 0
+            self.closing.wait(0 if deleted == Store.AT_ONCE else DAY)
+
     def close(self, seconds: float = 4.0) -> None:
-        """End every run and wait for its CLI to be gone."""
+        """End every run, wait for its CLI to be gone, and for its session to be stored."""
         self.closing.set()
+        ends = time.monotonic() + seconds
         if self.children.wait_until_gone(seconds):
             self.children.dismiss_heir()
+        self.store.close(max(0.0, ends - time.monotonic()))
+
+
+DAY = 86400.0  # seconds
 
 
 def planned(request: Settled, backend: Backend) -> Events:
@@ -3847,8 +4631,9 @@ def planned(request: Settled, backend: Backend) -> Events:
 # In: a checked request. Out: an Answer. One function per endpoint (SPEC 2).
 
 class Call(NamedTuple):
-    """One HTTP request as an endpoint sees it. `body` is an instance of the route's model."""
+    """One HTTP request as an endpoint sees it. `body` and `query` are instances of the route's models."""
     body: Any
+    query: Any
     request_id: str
     stop: Stop
     name: str = ""  # the last part of the path, where the route leaves it open
@@ -3871,16 +4656,19 @@ class Route(NamedTuple):
     function: Callable[[Server, Call], Answer]
     body: Optional[type]
     where: str  # what the path of a faulty field begins with
+    query: Optional[type]
 
 
 ROUTES: List[Route] = []
 Endpoint = Callable[[Server, Call], Answer]
 
 
-def route(method: str, *patterns: str, body: Optional[type] = None, where: str = "") -> Callable[[Endpoint], Endpoint]:
-    """Register an endpoint under its path and the other paths that clients build."""
+def route(method: str, *patterns: str, body: Optional[type] = None, where: str = "",
+          query: Optional[type] = None) -> Callable[[Endpoint], Endpoint]:
+    """Register an endpoint under its path and the other paths that clients build. A query that no route asks for means
+    nothing: SDKs add some."""
     def add(function: Endpoint) -> Endpoint:
-        ROUTES.append(Route(method, patterns, function, body, where))
+        ROUTES.append(Route(method, patterns, function, body, where, query))
         return function
     return add
 
@@ -3888,8 +4676,8 @@ def route(method: str, *patterns: str, body: Optional[type] = None, where: str =
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # what comes between must pass on at once
 
 
-def json_answer(value: Any, **headers: str) -> Answer:
-    return Answer([to_json(value)], headers={name.replace("_", "-"): text for name, text in headers.items()})
+def json_answer(value: Any, status: int = 200, **headers: str) -> Answer:
+    return Answer([to_json(value)], status, headers={name.replace("_", "-"): text for name, text in headers.items()})
 
 
 @route("POST", "/api/v1/prompt", body=PromptRequest, where="body")
@@ -3897,7 +4685,7 @@ def prompt(server: Server, call: Call) -> Answer:
     """Run one prompt on one backend."""
     started = server.start(call.body, call.stop, at="body", prompt_at="body.prompt")
     asked = Asked(started.request.model, len(started.request.prompt), request_id=call.request_id)
-    renderer = Native(asked, started.request.backend, started.ignored)
+    renderer = Native(asked, started.request.backend, started.ignored, started.session_id)
     if started.request.streams:
         return streamed(started.events, renderer, {}, until=Event)
     return collected(started.events, renderer, {})
@@ -4118,17 +4906,69 @@ def backends(server: Server, call: Call) -> Answer:
     return json_answer({"backends": rows})
 
 
+@dataclass(frozen=True)
+class SessionsQuery:
+    """What GET /api/v1/sessions can be asked."""
+    backend: str = param("")
+    status: str = param("", choices=STATUSES)
+    limit: int = param(100, minimum=1, maximum=1000)
+    offset: int = param(0, minimum=0, maximum=10**9)
+
+
+@route("GET", "/api/v1/sessions", query=SessionsQuery)
+def sessions(server: Server, call: Call) -> Answer:
+    """The stored sessions, last used first; of an initial_prompt, the first 1,000 characters."""
+    query = call.query
+    found, total = server.store.page(query.backend, query.status, query.limit, query.offset)
+    if query.backend and not server.store.page(query.backend, "", 1, 0)[1]:
+        server.known_backend(query.backend, "query.backend")
+    return json_answer({"sessions": [shown_session(session) for session in found], "total": total,
+                        "limit": query.limit, "offset": query.offset})
+
+
+def shown_session(session: Session) -> Json:
+    """A session as clients see it."""
+    shown = {**vars(session), "created_at": utc(session.created_at), "last_used": utc(session.last_used),
+             "token_usage": {**native_usage(Usage()), **session.token_usage}}
+    return {name: value for name, value in shown.items() if name not in ("owner", "system_prompt", "cli_totals")}
+
+
+@route("GET", "/api/v1/sessions/<name>")
+def session_by_id(server: Server, call: Call) -> Answer:
+    """One session, by its id or the first digits of it."""
+    return json_answer(shown_session(server.store.find(call.name)))
+
+
+@route("DELETE", "/api/v1/sessions/<name>")
+def delete_session(server: Server, call: Call) -> Answer:
+    """Delete a session, and the conversation that its CLI has stored."""
+    session = server.store.find(call.name)
+    server.store.remove(session.id)
+    server.forget(session, call.stop)
+    return json_answer({"deleted": True, "id": session.id})
+
+
 @route("GET", "/health")
 def health(server: Server, call: Call) -> Answer:
     """Whether the server can do its work."""
     names = [n for n in server.config.names() if server.config.backends[n].enabled]
     available = {name: server.program(name) is not None for name in names}
     seconds, slots = time.time() - server.began, server.slots
+    store = store_state(server.store)
+    status = "ok" if all(available.values()) else "degraded"
     return json_answer({
-        "status": "ok" if all(available.values()) else "degraded", "version": __version__,
+        "status": status if store["available"] else "unhealthy", "version": __version__,
         "uptime": uptime_text(seconds), "uptime_ms": round(1000 * seconds),
-        "backends": [{"name": name, "available": there} for name, there in available.items()],
-        "runs": {"active": slots.active, "waiting": len(slots.waiting), "limit": slots.limit}})
+        "backends": [{"name": name, "available": there} for name, there in available.items()], "session_store": store,
+        "runs": {"active": slots.active, "waiting": len(slots.waiting), "limit": slots.limit}},
+        status=200 if store["available"] else 503)
+
+
+def store_state(store: Store) -> Json:
+    try:
+        return {"available": True, "session_count": store.count(), "error": None}
+    except StoreUnavailable as error:
+        return {"available": False, "session_count": None, "error": str(error)}
 
 
 def uptime_text(seconds: float) -> str:
@@ -4286,7 +5126,8 @@ def answered(server: Server, router: bottle.Router, head: Head, request_id: str)
         path = ("/anthropic" if head.get("anthropic-version") else "/openai") + path
     entry, name = matched(router, head.method, path)
     body = check(entry.body, read_json(head.environ, server.config), entry.where) if entry.body else None
-    return entry.function(server, Call(body, request_id, head.environ[STOP], name))
+    query = check(entry.query, read_query(head.environ, entry.query), "query") if entry.query else None
+    return entry.function(server, Call(body, query, request_id, head.environ[STOP], name))
 
 
 def matched(router: bottle.Router, method: str, path: str) -> Tuple[Route, str]:
@@ -4327,6 +5168,13 @@ def read_json(environ: Json, config: Config) -> Any:
     except ValueError as error:
         raise BadRequest(f"the body must be JSON: {error}") from None
     return value
+
+
+def read_query(environ: Json, model: type) -> Json:
+    """A query string as the JSON object that `model` is checked with. What is empty is absent; the last one counts."""
+    pairs = urllib.parse.parse_qsl(environ.get("QUERY_STRING", ""))
+    numbers = {name for name, (kind, _, _) in wire_fields(model).items() if kind is int}
+    return {name: number_of(text) if name in numbers else text for name, text in pairs}
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -4498,7 +5346,8 @@ def run_server(server: Server, listening: Any) -> int:
         signal.signal(number, functools.partial(stop_serving, server))
     try:
         announce(server.config, listening)
-        threading.Thread(target=server.look_up_versions, name="versions", daemon=True).start()
+        for task in (server.look_up_versions, server.expire_sessions):
+            threading.Thread(target=task, name=task.__name__, daemon=True).start()
         listening.run()  # until SystemExit; it returns once its threads have ended, or after 5 s
     except SystemExit:  # it came before that
         pass

@@ -133,7 +133,7 @@ def shown(event: Event, resets_at: Optional[float] = None) -> List[Any]:
     fields = {}
     for field in dataclasses.fields(event):
         value = getattr(event, field.name)
-        if value != field.default:
+        if value != field.default and field.name != "totals":
             fields[field.name] = value
     if "usage" in fields:
         fields = {name: value for name, value in vars(fields["usage"]).items() if value not in (0, True)}
@@ -787,13 +787,40 @@ def test_no_prompt_is_ever_on_the_command_line_or_in_the_environment(name: str, 
     request = request_of(name, "PROMPT-4711", system_prompt="SYSTEM-4711", isolated=isolated)
     command = backend_of(name, config).command(request)
     assert "4711" not in repr((command.argv, command.env, command.cwd))
-    assert "4711" not in backend_of(name, config).plan(request)
 
 
-def test_dry_run_shows_the_line_and_leaves_nothing_behind(config: Config) -> None:
-    line = backend_of("gemini", config).plan(request_of("gemini", isolated=True, extra=["a b"]))
-    assert line == "/bin/gemini --acp --skip-trust -e none -m flash 'a b'"
+def told_in(plan: str) -> List[Any]:
+    """The messages that a dry run shows."""
+    return [json.loads(line) for line in plan.partition("# told:\n")[2].splitlines()]
+
+
+def test_dry_run_shows_command_directory_variables_and_messages_and_leaves_nothing_behind(config: Config) -> None:
+    request = request_of("gemini", "hi", isolated=True, extra=["a b"], workdir="/work")
+    first, *rest = backend_of("gemini", config).plan(request).splitlines()
+    assert first == "/bin/gemini --acp --skip-trust -e none -m flash 'a b'"
+    assert "# in /work" in rest and "# with NO_BROWSER=true" in rest
     assert list((config.home / "runs").iterdir()) == []
+    claude = backend_of("claude", config).plan(request_of("claude", "hi", max_tokens=500, system_prompt="be brief"))
+    assert "# with CLAUDE_CODE_MAX_OUTPUT_TOKENS=500" in claude.splitlines()
+    assert told_in(claude)[0]["request"]["appendSystemPrompt"] == "be brief"
+    assert told_in(claude)[1]["message"]["content"][0] == {"type": "text", "text": "hi"}
+
+
+@pytest.mark.parametrize("name, methods", [
+    ("codex", ["initialize", "initialized", "thread/start", "turn/start"]),
+    ("gemini", ["initialize", "session/new", "session/set_mode", "session/prompt"])])
+def test_dry_run_shows_the_calls_that_hang_on_replies_too(name: str, methods: List[str], config: Config) -> None:
+    told = told_in(backend_of(name, config).plan(request_of(name, "hi", approval_mode="auto", keeps=True)))
+    assert [message["method"] for message in told] == methods
+    assert told[-1]["params"].get("input", told[-1]["params"].get("prompt")) == [{"type": "text", "text": "hi"}]
+
+
+def test_dry_run_shows_no_key(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "home", OPENAI_API_KEY="sk-from-around", backends={"codex": {
+        "env": {"MY_TOKEN": "from-the-config"}, "extra_flags": ["-c", "key=from-the-config"]}})
+    plan = backend_of("codex", config).plan(request_of("codex", "is sk-from-around a key?"))
+    assert "<OPENAI_API_KEY>" in plan and "key=<MY_TOKEN>" in plan
+    assert "sk-from-around" not in plan and "from-the-config" not in plan
 
 
 NOT_INHERITED = """CLAUDECODE CLAUDE_CODE_ENTRYPOINT CLAUDE_CODE_SESSION_ID CLAUDE_CODE_SSE_PORT CLAUDE_CODE_EXECPATH
@@ -986,13 +1013,13 @@ def test_what_gemini_stores_of_an_agent_run_is_removed(tmp_path: Path) -> None:
 
 def test_a_429_that_gemini_only_writes_to_its_debug_log_ends_the_run(tmp_path: Path) -> None:
     backend = backend_of("gemini", config_of(tmp_path / "home"))
-    assert list(backend.look()) == []
+    assert list(backend.look(Ears())) == []
     backend.command(request_of("gemini"))
     scratch = backend.scratch
-    assert scratch and list(backend.look()) == []
+    assert scratch and list(backend.look(Ears())) == []
     shutil.copy(LINES / "gemini" / "error_429.stderr", scratch / "debug.log")
     with pytest.raises(RateLimited):
-        list(backend.look())
+        list(backend.look(Ears()))
 
 
 @pytest.mark.parametrize("line", [b"Please visit: https://accounts.google.com/o/oauth2/v2/auth?x=1",
