@@ -3493,6 +3493,7 @@ class Database:
     """A connection to the database, which other servers have, too. One thread at a time is in a transaction.
 
     A file that has been removed or replaced meanwhile is opened anew: what is written must not be lost with the old."""
+    OPENING = threading.Lock()
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -3501,11 +3502,13 @@ class Database:
 
     def open(self) -> None:
         """Raises ConfigError if the database is none that this clinvk can use."""
-        make_database(self.file)
-        self.connection = sqlite3.connect(str(self.file), timeout=LOCK_WAIT, isolation_level=None,
-                                          check_same_thread=False)
-        self.connection.execute("PRAGMA synchronous = NORMAL")  # a killed server loses nothing
-        self.identity = identity_of(self.file)
+        with self.OPENING:
+            make_database(self.file)
+            self.connection = sqlite3.connect(str(self.file), timeout=LOCK_WAIT, isolation_level=None,
+                                              check_same_thread=False)
+            self.connection.execute("PRAGMA synchronous = NORMAL")  # a killed server loses nothing
+            self.connection.execute("SELECT 1 FROM sessions LIMIT 1")  # it is not opened before
+            self.identity = identity_of(self.file)
 
     @contextlib.contextmanager
     def transaction(self, kind: str) -> Iterator[sqlite3.Connection]:
@@ -3543,7 +3546,8 @@ def make_database(file: Path) -> None:
         if version > len(MIGRATIONS):
             raise ConfigError(f"{file}: was written by a newer clinvk (version {version} of the database; this one "
                               f"knows {len(MIGRATIONS)}). Use that clinvk, or set CLINVK_HOME to another directory")
-        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        if not file.exists():  # to open and close one that is in use would end SQLite's locks on it
+            file.touch(0o600)
         file.chmod(0o600)
         with contextlib.closing(sqlite3.connect(str(file), timeout=LOCK_WAIT, isolation_level=None)) as connection:
             use_wal(connection)
@@ -3635,9 +3639,8 @@ class Store:
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError if the database is none that this clinvk can use, and OSError."""
-        self.file = own_directory(config, "servers").parent / "sessions.db"
-        make_database(self.file)
         self.lease = Lease(own_directory(config, "servers"))
+        self.file = config.home / "sessions.db"
         self.reading, self.writing = Database(self.file), Database(self.file)  # so that no reader waits for a writer
         self.changed = threading.Condition()  # guards running
         self.running: Set[str] = set()  # the sessions that a turn of is running in this server

@@ -188,13 +188,13 @@ class Cli:
         return dict(zip(ways, at_once([functools.partial(self.ask, way, prompt, **fields) for way in ways])))
 
     def prompt(self, prompt: str, **fields: Any) -> Reply:
-        """POST /api/v1/prompt."""
-        body = {"backend": self.name, "prompt": prompt, **fields}
+        """POST /api/v1/prompt; nothing is stored, unless `fields` say otherwise."""
+        body = {"backend": self.name, "prompt": prompt, "ephemeral": True, **fields}
         return self.served.call("POST", "/api/v1/prompt", body, x_api_key=KEY)
 
     def events(self, prompt: str, **fields: Any) -> Iterator[Json]:
         """The NDJSON events of /api/v1/prompt, as they come."""
-        body = {"backend": self.name, "prompt": prompt, "output_format": "stream-json", **fields}
+        body = {"backend": self.name, "prompt": prompt, "ephemeral": True, "output_format": "stream-json", **fields}
         with contextlib.closing(self.served.connection()) as connection:
             connection.request("POST", "/api/v1/prompt", json.dumps(body), {**JSON_TYPE, "X-Api-Key": KEY})
             answer = connection.getresponse()

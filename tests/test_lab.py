@@ -371,8 +371,9 @@ LEAVINGS = {  # path, stream, prompt
 def test_nothing_runs_on_for_a_client_that_has_left(cli: Cli, another: Callable[..., Cli], name: str) -> None:
     path, stream, prompt = LEAVINGS[name]
     quiet = another(config={"server": {"spares": 0, "live_conversations": 0}})
-    body = {"backend": cli.name, "prompt": prompt, "approval_mode": "auto", "output_format": "stream-json"} if \
-        path == "/api/v1/prompt" else {"model": cli.name, "max_tokens": 100, "messages": user(prompt), "stream": stream}
+    body = {"backend": cli.name, "prompt": prompt, "approval_mode": "auto", "output_format": "stream-json",
+            "ephemeral": True} if path == "/api/v1/prompt" else \
+        {"model": cli.name, "max_tokens": 100, "messages": user(prompt), "stream": stream}
     connection = quiet.served.connection()
     connection.request("POST", path, json.dumps(body), {**JSON_TYPE, "X-Api-Key": KEY})
     eventually(lambda: quiet.lab.asked, 20)
