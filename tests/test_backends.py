@@ -81,6 +81,8 @@ def backend_of(name: str, config: Config, program: Optional[List[str]] = None) -
 def asked(name: str, config: Config, request: Settled) -> Tuple[Any, Ears]:
     """A backend that has greeted and asked, and what it said from then on."""
     backend, ears = backend_of(name, config), Ears()
+    if name == "gemini" and request.resume:
+        backend.replay_end = REPLAY_END  # `prepare` makes another one each time
     backend.greet(ears)
     backend.ask(request, ears)
     return backend, ears
@@ -156,9 +158,23 @@ def recorded(name: str, case: str) -> List[Any]:
 
 # ---- The recordings
 
-# What was asked, where it was not a prompt of the agent way with the default modes.
-REQUESTS: Dict[str, Dict[str, Any]] = {"claude/tool": {"approval_mode": "auto"},
-                                       "gemini/tool": {"approval_mode": "auto"}}
+# What was asked, where it was not a prompt of the agent way with the default modes. The conversations go on with a third
+# turn; the second one, with a tool, was dearer. To 2.1.197 its totals are those of one process, to 2.1.331 of them all.
+CONVERSATION, REPLAY_END = "a844cbb7-eb91-4045-a199-5659ec3ffa7a", "/clinvk-d297aa52-8680-4265-9d2b-3da9ea749c7e"
+SECOND_TURN = {"inputTokens": 206, "outputTokens": 28, "cacheReadInputTokens": 80, "cacheCreationInputTokens": 6,
+               "cost": 0.00036149999999999995}
+TWO_TURNS = {"inputTokens": 307, "outputTokens": 40, "cacheReadInputTokens": 120, "cacheCreationInputTokens": 9,
+             "cost": 0.0005302499999999999}
+ONE_TURN = {"inputTokens": 101, "outputTokens": 12, "cacheReadInputTokens": 40, "cacheCreationInputTokens": 3,
+            "cost": 0.00016875}
+REQUESTS: Dict[str, Dict[str, Any]] = {
+    "claude/tool": {"approval_mode": "auto"}, "gemini/tool": {"approval_mode": "auto"},
+    "claude/resumed": {"keeps": True, "resume": "bc179aef-36b2-4d9a-b1dd-df2b1f4866d9", "totals_before": SECOND_TURN},
+    "claude/resumed_331": {"keeps": True, "resume": "dd7538f2-4da6-4aa4-bb3d-cf3788e560ad", "totals_before": TWO_TURNS},
+    "claude/resumed_error_400_331": {"keeps": True, "resume": "2800651c-1e71-47ed-8df2-582ac992df5e",
+                                     "totals_before": ONE_TURN},
+    "codex/resumed": {"keeps": True, "resume": "01a21014-fc8b-7583-aade-03c0399f22a7"},
+    "gemini/loaded": {"keeps": True, "resume": CONVERSATION, "approval_mode": "none"}}
 CASES = sorted((file.parent.name, file.stem) for file in LINES.glob("*/*.jsonl"))
 
 
@@ -178,11 +194,12 @@ def test_every_recording_has_its_events_and_every_event_type_occurs() -> None:
 TOOL_ANSWER, CHUNKS = "STUB[!tool echo hi]", "chunk0 chunk1 chunk2 chunk3 chunk4 "
 ANSWERS = [(name, case, text) for name, cases in {
     "claude": {"plain": "STUB[hello]", "plain_331": "STUB[hello]", "slow": CHUNKS, "think": "STUB[!think]",
-               "think_331": "STUB[!think]", "tool": TOOL_ANSWER, "tool_331": TOOL_ANSWER},
+               "think_331": "STUB[!think]", "tool": TOOL_ANSWER, "tool_331": TOOL_ANSWER,
+               "resumed": "STUB[hello again]", "resumed_331": "STUB[hello again]"},
     "codex": {"plain": "STUB[hello]", "slow": CHUNKS, "think": "STUB[!think]", "tool": TOOL_ANSWER,
-              "declined": TOOL_ANSWER},
+              "declined": TOOL_ANSWER, "resumed": "STUB[hello]"},
     "gemini": {"plain": "STUB[hello]", "slow": CHUNKS, "think": "STUB[!think hello]",
-               "tool": "STUB[!tool touch made.txt]"},
+               "tool": "STUB[!tool touch made.txt]", "loaded": "STUB[hello]"},
 }.items() for case, text in cases.items()]
 
 
@@ -226,7 +243,8 @@ STRANGE: List[bytes] = [b"", b"\xff\xfe", b"   ", b"Warning: not JSON", b'{"type
                         b'{"type":"user","message":{"content":[{"type":"tool_result"}]}}',
                         b'{"type":"system","subtype":"ui_invalidate"}', b"[" * 5000]
 # The words without which a line is no part of the answer, of the session, or of the turn's end.
-NEEDED = (b"delta", b'"result"', b"message_start", b"turn/completed", b"agentMessage", b"agent_message_chunk", b'"id":')
+NEEDED = (b"delta", b'"result"', b"message_start", b"turn/completed", b"agentMessage", b"agent_message_chunk", b'"id":',
+          REPLAY_END.encode())
 
 
 @pytest.mark.parametrize("name, case, text", ANSWERS)

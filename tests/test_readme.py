@@ -38,7 +38,8 @@ def run_example(serve: Callable[..., Any], fake_cli: Callable[..., str]) -> Call
 
 
 @pytest.mark.parametrize("example, told", list(zip(examples("sh"), ['"output":"hello"', "claude was asked: What does",
-                                                                    "data: [DONE]"])))
+                                                                    "data: [DONE]",
+                                                                    '"output":"and now in French"'])))
 def test_the_curl_examples_answer(example: str, told: str, run_example: Callable[..., str]) -> None:
     assert told in run_example(example, "bash", "-ec")
 
@@ -51,7 +52,7 @@ def test_the_sdk_examples_answer(example: str, run_example: Callable[..., str]) 
 
 
 def test_there_is_an_example_for_curl_and_each_sdk() -> None:
-    assert (len(examples("sh")), len(examples("python"))) == (3, 2)
+    assert (len(examples("sh")), len(examples("python"))) == (4, 2)
 
 
 def test_the_commands_of_the_readme_are_those_of_the_project() -> None:
