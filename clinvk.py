@@ -4923,7 +4923,7 @@ def sessions(server: Server, call: Call) -> Answer:
     """The stored sessions, last used first; of an initial_prompt, the first 1,000 characters."""
     query = call.query
     found, total = server.store.page(query.backend, query.status, query.limit, query.offset)
-    if query.backend and not server.store.page(query.backend, "", 1, 0)[1]:
+    if query.backend and not total and not server.store.page(query.backend, "", 1, 0)[1]:
         server.known_backend(query.backend, "query.backend")
     return json_answer({"sessions": [shown_session(session) for session in found], "total": total,
                         "limit": query.limit, "offset": query.offset})

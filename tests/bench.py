@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -47,6 +48,7 @@ for line in sys.stdin:
 @contextlib.contextmanager
 def server(folder: Path, cli: str) -> Iterator[Tuple[subprocess.Popen[bytes], int]]:
     """clinvk.pyz, and its port. `cli` is what it runs for claude."""
+    folder.mkdir(exist_ok=True)
     config = folder / "config.yaml"
     config.write_text(json.dumps({"backends": {"claude": {"command": cli}} if cli else {}}))
     command = [sys.executable, str(REPO / "clinvk.pyz"), "serve", "--port", "0", "--config", str(config)]
@@ -162,6 +164,67 @@ def memory(process: subprocess.Popen[bytes], port: int) -> None:
               f"{(peak() - before) / size:.2f} times its size to the peak")
 
 
+FEW, MANY = 1_000, 100_000
+
+
+def filled_home(home: Path, count: int) -> List[str]:
+    """A database of so many sessions, of four backends, a tenth of them failed; their ids."""
+    import clinvk
+    store = clinvk.Store(clinvk.load_config(None, {**os.environ, "CLINVK_HOME": str(home)}, {}))
+    began = time.time() - count
+    backends = ("claude", "codex", "gemini", "echo")
+    sessions = [clinvk.Session(uuid.uuid4().hex, backends[n % 4], began + n, began + n, "/", "m", f"prompt {n}", ["api"],
+                               {"n": str(n)}, f"prompt {n}\n" * 20, "", turn_count=1,
+                               status="error" if n % 9 == 0 else "completed") for n in range(count)]
+    with store.writing.transaction("IMMEDIATE") as db:
+        for session in sessions:
+            store.put(db, session)
+    store.close(0)
+    return [session.id for session in sessions]
+
+
+def call(port: int, method: str, path: str, body: Any = None) -> Any:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=300)) as connection:
+        connection.request(method, path, body and json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        return json.loads(answer.read())
+
+
+def many_sessions(folder: Path) -> None:
+    """What MANY stored sessions cost, against FEW."""
+    homes = {count: folder / f"{count}" for count in (FEW, MANY)}
+    ids = {count: filled_home(home / "home", count) for count, home in homes.items()}
+    starts: Dict[int, List[float]] = {FEW: [], MANY: []}
+    for _ in range(7):
+        for count, home in homes.items():
+            began = time.perf_counter()
+            with server(home, ""):
+                starts[count].append(time.perf_counter() - began)
+    compared("start", starts)
+    echo = {"backend": "echo", "prompt": "hello"}
+    calls: Dict[str, Callable[[int, int], Any]] = {
+        "list": lambda port, _: call(port, "GET", "/api/v1/sessions"),
+        "list, filtered": lambda port, _: call(port, "GET", "/api/v1/sessions?backend=codex&status=error"),
+        "list, last page": lambda port, count: call(port, "GET", f"/api/v1/sessions?offset={count - 100}"),
+        "get by prefix": lambda port, count: call(port, "GET", f"/api/v1/sessions/{ids[count][count // 2][:12]}"),
+        "delete": lambda port, count: call(port, "DELETE", f"/api/v1/sessions/{ids[count].pop()}"),
+        "a turn of echo": lambda port, _: call(port, "POST", "/api/v1/prompt", echo),
+        "health": lambda port, _: call(port, "GET", "/health")}
+    with server(homes[FEW], "") as (_, few), server(homes[MANY], "") as (_, many):
+        for name, work in calls.items():
+            times: Dict[int, List[float]] = {FEW: [], MANY: []}
+            for _ in range(31):
+                for count, port in ((FEW, few), (MANY, many)):
+                    times[count].append(seconds_of(lambda: work(port, count)))  # noqa: B023
+            compared(name, times)
+
+
+def compared(name: str, times: Dict[int, List[float]]) -> None:
+    few, many = (1000 * statistics.median(times[count]) for count in (FEW, MANY))
+    print(f"{name:>16}: {many:7.1f} ms with {MANY:,} sessions, {few:7.1f} ms with {FEW:,}: ratio {many / few:.2f}")
+
+
 def main() -> None:
     if not (REPO / "clinvk.pyz").exists():
         sys.exit("build it first: python3 build_zipapp.py")
@@ -177,6 +240,7 @@ def main() -> None:
             delays(port)
             overhead("claude", str(scripted), port, folder, 21)
         real = [backend for backend in sys.argv[1:] if shutil.which(backend)]
+        many_sessions(folder)
         with server(folder, "") as (_, port):
             for backend in real:
                 print(f"the real {backend}:")
