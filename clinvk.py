@@ -1313,7 +1313,7 @@ class Mouth(Protocol):
         """Close its stdin, once everything said has gone out."""
 
 
-# Runs a command to its end, or until it prints a line that begins with some bytes; what it is to be told goes first.
+# Runs a command to its end, or until what it prints matches a pattern; what it is to be told goes first.
 OutputOf = Callable[[Command, bytes, bytes], bytes]
 
 
@@ -1401,7 +1401,7 @@ class Backend:
             command, told = self.command(request), Rehearsal()
             self.rehearse(request, told)
         finally:
-            self.clean_up()
+            Backend.clean_up(self)  # nothing but scratch files: a conversation that is stored has been stored before
         inherited = child_environ(self.config, self.name)
         added = [f"{name}={value}" for name, value in command.env.items() if inherited.get(name) != value]
         about = [f"# in {command.cwd}", *(f"# with {item}" for item in added), "# told:"]
@@ -2017,6 +2017,7 @@ class Codex(JsonRpc):
     SANDBOX = {"read-only": "read-only", "workspace": "workspace-write", "full": "danger-full-access"}
     EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"})
     LONGEST = 1_048_576  # characters of a prompt
+    REPLY = rb'(?m)^\{("id":2,.*|"error":.*,"id":2)\}$\n'  # to a second call
     KEPT = ("model", "model_provider", "model_providers", "openai_base_url", "chatgpt_base_url",
             "cli_auth_credentials_store", "forced_login_method", "forced_chatgpt_workspace_id",
             "model_reasoning_effort", "model_reasoning_summary", "model_verbosity", "model_context_window",
@@ -2086,12 +2087,12 @@ class Codex(JsonRpc):
         said = [{"id": 1, "method": "initialize", "params": CODEX_CLIENT}, {"method": "initialized"},
                 {"id": 2, "method": method, "params": params}]
         command = Command([*self.program, "app-server"], cwd, child_environ(self.config, self.name))
-        told = output_of(command, b"".join(json.dumps(m).encode() + b"\n" for m in said), b'{"id":2,')
-        replies = [json.loads(line) for line in told.splitlines() if line.startswith(b'{"id":2,')]
-        if not replies or "error" in replies[0]:
-            reason = replies[0]["error"].get("message", "") if replies else "it did not answer"
-            raise BackendFailed(f"codex does not do {method}: {reason}")
-        return cast(Json, replies[0]["result"])
+        told = output_of(command, b"".join(json.dumps(message).encode() + b"\n" for message in said), self.REPLY)
+        found = re.search(self.REPLY, told)
+        reply = json.loads(found.group()) if found else {"error": {"message": "it did not answer"}}
+        if "error" in reply:
+            raise BackendFailed(f"codex does not do {method}: {reply['error'].get('message', '')}")
+        return cast(Json, reply["result"])
 
     def forget(self, session_id: str, output_of: OutputOf) -> None:
         try:
@@ -2340,7 +2341,7 @@ class Gemini(JsonRpc):
         self.session = ""
         self.begun = False  # the session is open
         self.replay_end = ""  # the text that a replay of the conversation ends with; "" once it has
-        self.silent_ticks = 0
+        self.silent_ticks = 0  # since something was last heard of the session
         self.prompted = False  # nothing that comes before is part of the answer
         self.opens = True
         self.characters = 0  # of answer text that have come
@@ -2442,7 +2443,7 @@ class Gemini(JsonRpc):
 
     def session_begun(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
         assert self.request
-        self.session, self.begun = self.request.resume or reply["sessionId"], True
+        self.session, self.begun, self.silent_ticks = self.request.resume or reply["sessionId"], True, 0
         model = (reply.get("models") or {}).get("currentModelId") or self.request.model
         yield Init(model, self.session, self.request.workdir)
         self.go_on(mouth)
@@ -2469,6 +2470,7 @@ class Gemini(JsonRpc):
         self.call(mouth, "session/prompt", {"sessionId": self.session, "prompt": [text]}, self.turn_ended)
 
     def notified(self, method: str, params: Json, mouth: Mouth) -> Iterator[Event]:
+        self.silent_ticks = 0
         if method != "session/update":
             return
         update = params["update"]
@@ -2606,30 +2608,37 @@ def prepare_to_load(chats: Path, session_id: str, workdir: str) -> str:
     stored = loadable_files(chats, session_id) or chat_files(chats, session_id)
     if not stored:
         raise forgotten("gemini")
-    metadata, messages = stored_conversation(stored[0])
-    now = utc(time.time())
-    if "sessionId" not in metadata:  # the start of another gemini has taken it away, just before the first turn
-        project = hashlib.sha256(workdir.encode()).hexdigest()
-        metadata = {"sessionId": session_id, "projectHash": project, "startTime": now, "lastUpdated": now,
-                    "kind": "main", **metadata}
-    mark = f"{OUR_MARK}{uuid.uuid4()}"
-    last = {"id": str(uuid.uuid4()), "timestamp": now, "type": "user", "content": [{"text": mark}]}
-    lines = [json.dumps(line) + "\n" for line in (metadata, *map(loadable, with_paired_tools(messages)), last)]
-    write_whole(stored[0].with_name(f"session-clinvk-{session_id}.jsonl"), "".join(lines))
+    lines = stored[0].read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        metadata, messages = stored_conversation(lines)
+        metadata = metadata if "sessionId" in metadata else {**new_metadata(session_id, workdir), **metadata}
+        lines = [json.dumps(record) for record in (metadata, *map(loadable, with_paired_tools(messages)))]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        LOG.warning("what gemini has stored of %s is not understood, and loaded as it is (%r)", session_id, error)
+    mark = f"/clinvk-{uuid.uuid4()}"
+    last = {"id": str(uuid.uuid4()), "timestamp": utc(time.time()), "type": "user", "content": [{"text": mark}]}
+    write_whole(stored[0].with_name(f"session-clinvk-{session_id}.jsonl"), "\n".join([*lines, json.dumps(last), ""]))
     for file in chat_files(chats, session_id):
         file.unlink()
     return mark
 
 
-OUR_MARK = "/clinvk-"
+def new_metadata(session_id: str, workdir: str) -> Json:
+    """For a conversation without any: the start of another gemini takes it away, if it falls before the first turn."""
+    now = utc(time.time())
+    return {"sessionId": session_id, "projectHash": hashlib.sha256(workdir.encode()).hexdigest(), "startTime": now,
+            "lastUpdated": now, "kind": "main"}
 
 
-def stored_conversation(file: Path) -> Tuple[Json, List[Json]]:
+OUR_MARK = "/clinvk-[0-9a-f-]{36}"
+
+
+def stored_conversation(lines: Iterable[str]) -> Tuple[Json, List[Json]]:
     """Metadata and messages in a file of gemini's: lines that add a message, or set metadata or all messages anew."""
     metadata: Json = {}
     messages: Dict[str, Json] = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        record = json.loads(line) if line.strip() else {}
+    for line in lines:
+        record = json_object(line)
         if "$rewindTo" in record:
             known = list(messages)
             dropped = known.index(record["$rewindTo"]) if record["$rewindTo"] in known else 0
@@ -2640,8 +2649,17 @@ def stored_conversation(file: Path) -> Tuple[Json, List[Json]]:
             fields = dict(record.get("$set", record))
             replaced = fields.pop("messages", None)
             metadata.update(fields)
-            messages = messages if replaced is None else {message["id"]: message for message in replaced}
-    return metadata, [message for message in messages.values() if not text_of(message).startswith(OUR_MARK)]
+            messages = messages if replaced is None else {m["id"]: m for m in replaced if "id" in m}
+    return metadata, [message for message in messages.values() if not re.fullmatch(OUR_MARK, text_of(message))]
+
+
+def json_object(line: str) -> Json:
+    """{} for any other line: gemini passes over those, too, such as one that a crash has torn."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def parts_of(message: Json) -> List[Json]:
@@ -3247,7 +3265,7 @@ def leave_nothing(backend: Backend, slots: Slots) -> None:
 
 
 def output_of(children: Children, stop: Stop, command: Command, said: bytes, until: bytes) -> bytes:
-    """What a command prints when it is told `said`: all of it, or up to the line that begins with `until`."""
+    """What a command prints when it is told `said`: all of it, or up to what matches the pattern `until`."""
     child = children.start(command)
     heard = bytearray()
     try:
@@ -3256,7 +3274,7 @@ def output_of(children: Children, stop: Stop, command: Command, said: bytes, unt
             child.end_of_input()
         for data in child.output(stop):
             heard += data
-            if until and any(line.startswith(until) for line in heard.split(b"\n")[:-1]):
+            if until and re.search(until, heard):
                 break
     finally:
         children.dismiss(child, lambda: None, patience=0.0)
@@ -3497,6 +3515,7 @@ class Database:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self.identity: Optional[Tuple[int, int]] = None  # until it is open
         self.lock = threading.Lock()
         self.open()
 
@@ -3515,7 +3534,8 @@ class Database:
         """`kind` is DEFERRED to read, IMMEDIATE to write. Raises StoreUnavailable."""
         try:
             with self.lock:
-                if identity_of(self.file) != self.identity:
+                if self.identity is None or identity_of(self.file) != self.identity:
+                    self.identity = None
                     self.connection.close()
                     self.open()
                 self.connection.execute(f"BEGIN {kind}")
@@ -3621,7 +3641,7 @@ class Lease:
         """Remove the files of servers that were killed."""
         for file in self.directory.glob("[0-9a-f]*"):
             if not self.is_held(file.name):
-                file.unlink()
+                file.unlink(missing_ok=True)  # another server may sweep, too
 
     def end(self) -> None:
         (self.directory / self.name).unlink()
