@@ -2340,6 +2340,7 @@ class Gemini(JsonRpc):
         self.first_session = str(uuid.uuid4())  # gemini stores one at its start, besides the one that we ask for
         self.session = ""
         self.begun = False  # the session is open
+        self.anew = False  # nothing of the conversation to go on with has been stored: it begins only now
         self.replay_end = ""  # the text that a replay of the conversation ends with; "" once it has
         self.silent_ticks = 0  # since something was last heard of the session
         self.prompted = False  # nothing that comes before is part of the answer
@@ -2419,6 +2420,7 @@ class Gemini(JsonRpc):
     def prepare(self, request: Settled, output_of: OutputOf) -> None:
         if request.resume:
             self.replay_end = prepare_to_load(self.chats(), request.resume, request.workdir)
+            self.anew = not self.replay_end
 
     def chats(self) -> Path:
         """Where gemini stores conversations, in a directory per project."""
@@ -2436,14 +2438,16 @@ class Gemini(JsonRpc):
 
     def open_session(self, request: Settled, mouth: Mouth) -> None:
         place = {"cwd": request.workdir, "mcpServers": []}
-        if request.resume:
+        if request.resume and not self.anew:
             self.call(mouth, "session/load", {"sessionId": request.resume, **place}, self.session_begun)
         else:
             self.call(mouth, "session/new", place, self.session_begun)
 
     def session_begun(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
         assert self.request
-        self.session, self.begun, self.silent_ticks = self.request.resume or reply["sessionId"], True, 0
+        goes_on = self.request.resume and not self.anew
+        self.session = self.request.resume if goes_on else reply["sessionId"]
+        self.begun, self.silent_ticks = True, 0
         model = (reply.get("models") or {}).get("currentModelId") or self.request.model
         yield Init(model, self.session, self.request.workdir)
         self.go_on(mouth)
@@ -2579,8 +2583,8 @@ class Gemini(JsonRpc):
         with a name of ours, and what was stored besides is none."""
         super().clean_up()
         if self.request and not self.request.isolated:
-            kept = self.request.keeps and not self.request.resume
-            for session in (self.first_session, *([] if kept else [self.session])):
+            begun_here = self.request.keeps and self.session != self.request.resume
+            for session in (self.first_session, *([] if begun_here else [self.session])):
                 for file in chat_files(self.chats(), session):
                     file.unlink()
 
@@ -2598,8 +2602,8 @@ def loadable_files(chats: Path, session_id: str) -> List[Path]:
 
 
 def prepare_to_load(chats: Path, session_id: str, workdir: str) -> str:
-    """Make ready what gemini would destroy: the text that the replay of the conversation will end with. Raises
-    Forgotten.
+    """Make ready what gemini would destroy: the text that the replay of the conversation will end with; "" if there is
+    no turn in it, for gemini does not keep one that fails. Raises Forgotten.
 
     Under gemini's own name a file can not be loaded in the minute of its beginning, and is deleted by the next gemini
     that starts after it has been loaded. Each load adds the whole history to the file once more. Tool calls are stored
@@ -2611,6 +2615,8 @@ def prepare_to_load(chats: Path, session_id: str, workdir: str) -> str:
     lines = stored[0].read_text(encoding="utf-8", errors="replace").split("\n")
     try:
         metadata, messages = stored_conversation(lines)
+        if all(text_of(message).startswith("<session_context>") for message in messages):
+            return ""
         metadata = metadata if "sessionId" in metadata else {**new_metadata(session_id, workdir), **metadata}
         lines = [json.dumps(record) for record in (metadata, *map(loadable, with_paired_tools(messages)))]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -3426,7 +3432,7 @@ class Session:
     cli_totals: Dict[str, float] = dataclasses.field(default_factory=dict)  # what the CLI had counted after the last
     backend_session_id: str = ""  # what the CLI calls it
     error_message: str = ""
-    owner: str = ""  # the server in which a turn of it runs
+    owner: str = ""  # the turn that is running: the name of its server's Lease, a colon, and its own
 
     def begun(self, init: Init) -> Session:
         """Now that its CLI has said what it calls it."""
@@ -3457,13 +3463,14 @@ def kept(session: Session, events: Events, store: Store, *, is_new: bool, counts
     is running already. A run that can not even be started, or whose conversation the CLI has lost, raises its error and
     leaves the session as it was; a new one is gone again."""
     before, session = store.begin(session, is_new=is_new)
+    turn = session.owner
     try:
         yield from recorded(session, events, store, counts_usage=counts_usage)
     except ClinvkError:
         store.put_back(session.id, before)
         raise
     finally:
-        store.release(session.id)
+        store.release(turn)
 
 
 def recorded(session: Session, events: Events, store: Store, *, counts_usage: bool) -> Events:
@@ -3493,7 +3500,9 @@ def recorded(session: Session, events: Events, store: Store, *, counts_usage: bo
 
 # A database's user_version says how many of these it has been through. None is ever changed once it has been released:
 # what comes later is a migration of its own.
+OURS = 0x636C7662  # the database's application_id, which no other program's has
 MIGRATIONS: Tuple[Tuple[str, ...], ...] = ((
+    f"PRAGMA application_id = {OURS}",
     """CREATE TABLE sessions (
            id TEXT PRIMARY KEY, backend TEXT NOT NULL, created_at REAL NOT NULL, last_used REAL NOT NULL,
            working_dir TEXT NOT NULL, model TEXT NOT NULL, title TEXT NOT NULL, tags TEXT NOT NULL,
@@ -3562,10 +3571,13 @@ def make_database(file: Path) -> None:
     """Make the database, or bring it to the present version. Raises ConfigError, and touches nothing, if it is of a
     newer one, or is none of clinvk's."""
     try:
-        version = version_of(file)
+        version, is_ours = version_of(file)
         if version > len(MIGRATIONS):
             raise ConfigError(f"{file}: was written by a newer clinvk (version {version} of the database; this one "
                               f"knows {len(MIGRATIONS)}). Use that clinvk, or set CLINVK_HOME to another directory")
+        if not is_ours:
+            raise ConfigError(f"{file}: is the database of another program. Move the file away, or set CLINVK_HOME to "
+                              "another directory")
         if not file.exists():  # to open and close one that is in use would end SQLite's locks on it
             file.touch(0o600)
         file.chmod(0o600)
@@ -3577,14 +3589,16 @@ def make_database(file: Path) -> None:
                           "away, or set CLINVK_HOME to another directory") from None
 
 
-def version_of(file: Path) -> int:
-    """The version of a database, told without writing anything; 0 if there is none yet."""
+def version_of(file: Path) -> Tuple[int, bool]:
+    """The version of a database, 0 if there is none yet, and whether it is clinvk's. Nothing is written for that."""
     if not file.exists() or not file.stat().st_size:
-        return 0
+        return 0, True
     log = Path(f"{file}-wal")
     untouched = "" if log.exists() and log.stat().st_size else "&immutable=1"
     with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro{untouched}", uri=True)) as connection:
-        return int(connection.execute("PRAGMA user_version").fetchone()[0])
+        version, owner, tables = (connection.execute(query).fetchone()[0] for query in (
+            "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
+    return int(version), owner == OURS or (version, owner, tables) == (0, 0, 0)
 
 
 def use_wal(connection: sqlite3.Connection) -> None:
@@ -3644,8 +3658,11 @@ class Lease:
                 file.unlink(missing_ok=True)  # another server may sweep, too
 
     def end(self) -> None:
-        (self.directory / self.name).unlink()
+        (self.directory / self.name).unlink(missing_ok=True)
         os.close(self.handle)
+
+
+STOPPED = "server stopped during the run"
 
 
 class Store:
@@ -3663,7 +3680,7 @@ class Store:
         self.file = config.home / "sessions.db"
         self.reading, self.writing = Database(self.file), Database(self.file)  # so that no reader waits for a writer
         self.changed = threading.Condition()  # guards running
-        self.running: Set[str] = set()  # the sessions that a turn of is running in this server
+        self.running: Set[str] = set()  # the turns that are running in this server
         self.recover()
 
     # ---- A turn
@@ -3673,12 +3690,12 @@ class Store:
         Conflict if another turn is running, in any server, and NotFound if it has been deleted."""
         with self.writing.transaction("IMMEDIATE") as db:
             before = None if is_new else self.idle(db, session.id)
-            now = dataclasses.replace(before or session, status="active", owner=self.lease.name, error_message="",
-                                      metadata={**(before or session).metadata, **session.metadata},
-                                      last_used=time.time())
+            now = dataclasses.replace(before or session, status="active", error_message="", last_used=time.time(),
+                                      owner=f"{self.lease.name}:{uuid.uuid4().hex}",
+                                      metadata={**(before or session).metadata, **session.metadata})
             self.put(db, now)
         with self.changed:
-            self.running.add(now.id)
+            self.running.add(now.owner)
         return before, now
 
     def save(self, session: Session) -> None:
@@ -3693,31 +3710,35 @@ class Store:
             else:
                 db.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
 
-    def release(self, session_id: str) -> None:
-        """The turn has ended, one way or the other."""
+    def release(self, turn: str) -> None:
+        """A turn has ended, one way or the other. The session's next one may have begun already."""
         try:
-            self.give_up("id", [session_id], "the request was given up before its answer was complete")
+            self.give_up([turn], "the request was given up before its answer was complete")
         except StoreUnavailable as error:
-            LOG.error("session %s: how it ended is not stored: %s", session_id, error)
+            LOG.error("how a session has ended is not stored: %s", error)
         finally:
             with self.changed:
-                self.running.discard(session_id)
+                self.running.discard(turn)
                 self.changed.notify_all()
 
-    def give_up(self, column: str, values: List[str], reason: str) -> None:
-        """What is still active has failed."""
+    def give_up(self, turns: Iterable[str], reason: str) -> None:
+        """Those that are still active have failed."""
         with self.writing.transaction("IMMEDIATE") as db:
             db.executemany("UPDATE sessions SET status = 'error', error_message = ?, owner = '' "
-                           f"WHERE {column} = ? AND status = 'active'", [(reason, value) for value in values])
+                           "WHERE status = 'active' AND owner = ?", [(reason, turn) for turn in turns])
 
     def recover(self) -> None:
         """Turns of servers that were killed have ended."""
         with self.reading.transaction("DEFERRED") as db:
-            owners = [row[0] for row in db.execute("SELECT DISTINCT owner FROM sessions WHERE status = 'active'")]
-        dead = [owner for owner in owners if not self.lease.is_held(owner)]
+            turns = [row[0] for row in db.execute("SELECT owner FROM sessions WHERE status = 'active'")]
+        dead = [turn for turn in turns if not self.runs(turn)]
         if dead:
-            self.give_up("owner", dead, "server stopped during the run")
+            self.give_up(dead, STOPPED)
         self.lease.sweep()
+
+    def runs(self, turn: str) -> bool:
+        """Whether the server of a turn lives."""
+        return self.lease.is_held(turn.partition(":")[0])
 
     # ---- Rows
 
@@ -3758,7 +3779,7 @@ class Store:
         found = self.select(db, "WHERE id = ?", (session_id,))
         if not found:
             raise NotFound(f"the session {session_id} has just been deleted")
-        if found[0].status == "active" and self.lease.is_held(found[0].owner):
+        if found[0].status == "active" and self.runs(found[0].owner):
             raise Conflict(f"the session {session_id} is in use: wait for the answer to its last request, or begin "
                            "another session")
         return found[0]
@@ -3792,11 +3813,17 @@ class Store:
             return db.execute(f"DELETE FROM sessions WHERE rowid IN ({oldest})", (before, self.AT_ONCE)).rowcount
 
     def close(self, seconds: float) -> None:
-        """Wait for the turns that are running to be stored; what is not by then has failed."""
+        """Wait for the turns that are running to be stored; those that are not by then have failed."""
         with self.changed:
             self.changed.wait_for(lambda: not self.running, seconds)
-        self.give_up("owner", [self.lease.name], "server stopped during the run")
-        self.lease.end()
+            left = list(self.running)
+        try:
+            if left:
+                self.give_up(left, STOPPED)
+        except StoreUnavailable as error:
+            LOG.error("how %d sessions have ended is not stored: %s", len(left), error)
+        finally:
+            self.lease.end()
 
 
 # ==== Fan-out =====================================================================================
@@ -5350,7 +5377,7 @@ def serve(options: argparse.Namespace) -> int:
         server = Server(config)
         own_directory(config, "empty")
         sweep(config)
-    except ConfigError as error:
+    except (ConfigError, StoreUnavailable) as error:
         return refused(str(error))
     except OSError as error:
         return refused(f"{error.filename}: {error.strerror}. Choose another directory with CLINVK_HOME")

@@ -173,8 +173,8 @@ def filled_home(home: Path, count: int) -> List[str]:
     store = clinvk.Store(clinvk.load_config(None, {**os.environ, "CLINVK_HOME": str(home)}, {}))
     began = time.time() - count
     backends = ("claude", "codex", "gemini", "echo")
-    sessions = [clinvk.Session(uuid.uuid4().hex, backends[n % 4], began + n, began + n, "/", "m", f"prompt {n}", ["api"],
-                               {"n": str(n)}, f"prompt {n}\n" * 20, "", turn_count=1,
+    sessions = [clinvk.Session(uuid.uuid4().hex, backends[n % 4], began + n, began + n, "/", "m", f"prompt {n}",
+                               ["api"], {"n": str(n)}, f"prompt {n}\n" * 20, "", turn_count=1,
                                status="error" if n % 9 == 0 else "completed") for n in range(count)]
     with store.writing.transaction("IMMEDIATE") as db:
         for session in sessions:
@@ -205,7 +205,7 @@ def many_sessions(folder: Path) -> None:
     echo = {"backend": "echo", "prompt": "hello"}
     calls: Dict[str, Callable[[int, int], Any]] = {
         "list": lambda port, _: call(port, "GET", "/api/v1/sessions"),
-        "list, filtered": lambda port, _: call(port, "GET", "/api/v1/sessions?backend=codex&status=error"),
+        "list, filtered": lambda port, _: call(port, "GET", "/api/v1/sessions?backend=codex&status=completed"),
         "list, last page": lambda port, count: call(port, "GET", f"/api/v1/sessions?offset={count - 100}"),
         "get by prefix": lambda port, count: call(port, "GET", f"/api/v1/sessions/{ids[count][count // 2][:12]}"),
         "delete": lambda port, count: call(port, "DELETE", f"/api/v1/sessions/{ids[count].pop()}"),

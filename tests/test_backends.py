@@ -6,6 +6,7 @@ fields that have their default, and `says`, what we tell the CLI meanwhile. `rai
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -17,14 +18,14 @@ import sys
 import time
 import types
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import pytest
 from conftest import eventually
 
 import clinvk
-from clinvk import (BackendAuth, BackendFailed, ClinvkError, Config, Done, Event, Failure, Message, RateLimited,
-                    Settled, ToolResult, ToolUse)
+from clinvk import (BackendAuth, BackendFailed, ClinvkError, Config, Conflict, Done, Event, Failure, Forgotten, Init,
+                    Message, RateLimited, Settled, ToolResult, ToolUse, Usage)
 
 LINES = Path(__file__).parent / "lines"
 EVENT_TYPES = {name: kind for kind, name in clinvk.EVENT_NAMES.items()}
@@ -156,10 +157,31 @@ def recorded(name: str, case: str) -> List[Any]:
     return [json.loads(line) for line in (LINES / name / f"{case}.jsonl").read_bytes().splitlines()]
 
 
+# ---- gemini's chat files, as it has stored them
+
+PLAIN, TOOLS = "b1ba1fcf-2211-41c7-a14c-b4cee5a9bab5", "c969710e-fe48-4e72-99db-a3e54929b2a2"
+
+
+def chats_of(tmp_path: Path) -> Path:
+    """Where gemini stores the conversations of a project of the user's."""
+    chats = tmp_path / "home" / ".gemini" / "tmp" / "work" / "chats"
+    chats.mkdir(parents=True)
+    return chats
+
+
+def stored_chat(tmp_path: Path, chat: str, *names: str, more: Sequence[Any] = ()) -> Path:
+    """`chats_of`, with a recorded chat in files of these names; `more` are lines that follow."""
+    chats = chats_of(tmp_path)
+    for name in names:
+        lines = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in more)
+        (chats / name).write_bytes((LINES / "gemini" / "chats" / f"{chat}.jsonl").read_bytes() + lines.encode())
+    return chats
+
+
 # ---- The recordings
 
-# What was asked, where it was not a prompt of the agent way with the default modes. The conversations go on with a third
-# turn; the second one, with a tool, was dearer. To 2.1.197 its totals are those of one process, to 2.1.331 of them all.
+# What was asked, where it was no prompt of the agent way with the default modes. `resumed` is a third turn of claude,
+# after a dearer one with a tool, whose totals are its own (2.1.197) or those of both turns so far (2.1.331).
 CONVERSATION, REPLAY_END = "a844cbb7-eb91-4045-a199-5659ec3ffa7a", "/clinvk-d297aa52-8680-4265-9d2b-3da9ea749c7e"
 SECOND_TURN = {"inputTokens": 206, "outputTokens": 28, "cacheReadInputTokens": 80, "cacheCreationInputTokens": 6,
                "cost": 0.00036149999999999995}
@@ -171,7 +193,7 @@ REQUESTS: Dict[str, Dict[str, Any]] = {
     "claude/tool": {"approval_mode": "auto"}, "gemini/tool": {"approval_mode": "auto"},
     "claude/resumed": {"keeps": True, "resume": "bc179aef-36b2-4d9a-b1dd-df2b1f4866d9", "totals_before": SECOND_TURN},
     "claude/resumed_331": {"keeps": True, "resume": "dd7538f2-4da6-4aa4-bb3d-cf3788e560ad", "totals_before": TWO_TURNS},
-    "claude/resumed_error_400_331": {"keeps": True, "resume": "2800651c-1e71-47ed-8df2-582ac992df5e",
+    "claude/resumed_error_400_331": {"keeps": True, "resume": "fe6c74de-3d77-4d57-921a-f9c0d7c509a9",
                                      "totals_before": ONE_TURN},
     "codex/resumed": {"keeps": True, "resume": "01a21014-fc8b-7583-aade-03c0399f22a7"},
     "gemini/loaded": {"keeps": True, "resume": CONVERSATION, "approval_mode": "none"}}
@@ -577,6 +599,408 @@ def test_what_has_not_been_said_before_is_whole_however_long(name: str, lines: L
     assert hear(backend, ears, pieces(data, 65536))[-1] == found
 
 
+# ---- Conversations that go on
+
+UNIT = {"inputTokens": 100, "outputTokens": 10, "cacheReadInputTokens": 40, "cacheCreationInputTokens": 3, "cost": 0.25}
+
+
+def units(count: int) -> Dict[str, float]:
+    """The totals of so many equal turns."""
+    return {name: count * each for name, each in UNIT.items()}
+
+
+def result_of(totals: Dict[str, float], usage: int) -> Dict[str, Any]:
+    """A result of claude's that tells these totals, and the `usage` of so many equal turns."""
+    tokens = {name: count for name, count in totals.items() if name != "cost"}
+    return {"modelUsage": {"m": tokens}, "total_cost_usd": totals["cost"],
+            "usage": {name: usage * UNIT[total] for name, total in zip(clinvk.CLAUDE_USAGE, clinvk.CLAUDE_TOTALS)}}
+
+
+@pytest.mark.parametrize("before, total, usage, own", [
+    (0, 2, 2, 2),  # a first turn
+    (2, 5, 3, 3), (5, 7, 2, 2), (1, 4, 2, 3),  # they run on (2.1.331); a subagent's tokens are in the totals only
+    (5, 3, 3, 3), (3, 3, 3, 3), (2, 3, 3, 3), (3, 5, 5, 5),  # of a process (2.1.197): the turn is dearer, or cheaper
+    (2, 3, 0, 1), (2, 2, 0, 0)])  # a broken stream: `usage` is all 0
+def test_a_turn_of_claude_costs_its_own_part_of_the_totals(before: int, total: int, usage: int, own: int) -> None:
+    result = result_of(units(total), usage)
+    assert clinvk.claude_totals(result) == units(total)
+    found = clinvk.claude_own(units(total), units(before) if before else {}, result)
+    assert found == units(own)
+    counted = Usage(*([own * 100, own * 10, own * 40, own * 3] if not usage else
+                      [usage * 100, usage * 10, usage * 40, usage * 3]), cache_inside=False)
+    assert clinvk.claude_usage(found, result) == (counted if own else None)
+
+
+@pytest.mark.parametrize("case", ["turns", "turns_331"])
+def test_two_results_of_one_process_cost_what_each_turn_did(case: str) -> None:
+    first, second = [line for line in recorded("claude", case) if line.get("type") == "result"]
+    before = clinvk.claude_totals(first)
+    own = clinvk.claude_own(clinvk.claude_totals(second), before, second)
+    assert clinvk.claude_own(before, {}, first) == before == ONE_TURN
+    assert own == {**ONE_TURN, "inputTokens": 102, "cost": 0.00016975}
+
+
+NO_TOTALS = dict.fromkeys(clinvk.CLAUDE_TOTALS, 0)
+
+
+@pytest.mark.parametrize("result, totals", [
+    ({}, {}), ({"modelUsage": [], "total_cost_usd": None}, {}), ({"modelUsage": {}, "total_cost_usd": "1"}, {}),
+    ({"modelUsage": None, "total_cost_usd": 0}, {"cost": 0}), ({"modelUsage": {"m": None}}, NO_TOTALS),
+    ({"modelUsage": {"m": {"inputTokens": None, "outputTokens": "7"}, "n": []}}, NO_TOTALS),
+    ({"modelUsage": {"m": {"inputTokens": 1}, "n": {"inputTokens": 2, "outputTokens": 3}}, "total_cost_usd": 1},
+     {**NO_TOTALS, "inputTokens": 3, "outputTokens": 3, "cost": 1})])
+@pytest.mark.parametrize("usage", [None, [], {"input_tokens": None}])
+def test_totals_of_an_odd_shape_count_as_far_as_they_are_numbers(usage: Any, result: Any, totals: Any) -> None:
+    result = {**result, "usage": usage}
+    assert clinvk.claude_totals(result) == totals
+    assert clinvk.claude_own(totals, {}, result) == totals
+    assert clinvk.claude_own(totals, units(9), result) == totals, "less than before: of another process"
+
+
+@pytest.mark.parametrize("case, totals", [
+    ("resumed", {"inputTokens": 102, "outputTokens": 14, "cacheReadInputTokens": 40, "cacheCreationInputTokens": 3,
+                 "cost": 0.00017975}),
+    ("resumed_331", {"inputTokens": 409, "outputTokens": 54, "cacheReadInputTokens": 160,
+                     "cacheCreationInputTokens": 12, "cost": 0.0007099999999999999})])
+def test_the_totals_that_claude_tells_are_handed_on_to_the_next_turn(case: str, totals: Any, config: Config) -> None:
+    done = events_of("claude", config, recorded("claude", case), **REQUESTS[f"claude/{case}"])[-1]
+    assert isinstance(done, Done) and done.totals == totals
+
+
+NO_SESSIONS, NO_SUCH = "No previous sessions found for this project.", 'Invalid session identifier "S".\n  Searched for'
+
+
+@pytest.mark.parametrize("name, error, kind", [
+    ("codex", {"code": -32600, "message": "no rollout found for thread id T"}, Forgotten),
+    ("codex", {"code": -32600, "message": "thread T already has an active writer"}, Conflict),
+    ("codex", {"code": -32603, "message": "failed to read thread: T is empty"}, BackendFailed),
+    ("gemini", {"code": -32603, "message": "Internal error", "data": {"details": NO_SESSIONS}}, Forgotten),
+    ("gemini", {"code": -32603, "message": "Internal error", "data": {"details": NO_SUCH}}, Forgotten),
+    ("gemini", {"code": -32603, "message": "Internal error", "data": {"details": "no space left"}}, BackendFailed)])
+def test_a_conversation_that_can_not_go_on_is_an_error_that_says_why(name: str, error: Any, kind: type,
+                                                                     config: Config) -> None:
+    lines = [recorded(name, "plain")[0], {"id": 2, "error": error}]
+    failure, done = events_of(name, config, lines, keeps=True, resume=CONVERSATION)
+    assert isinstance(failure, Failure) and type(failure.error) is kind
+    assert done == Done(1)
+
+
+# What gemini says when it loads a conversation: `loaded`, by what it is.
+GREETED, CONTEXT, OPEN, USER, TEXT, TOOL, ANSWER, MARK, COMMANDS, MODE, MODE_SET, REPLY, ENDED = range(13)
+REST = [MODE, MODE_SET, REPLY, ENDED]
+ORDERS = {"as recorded": [GREETED, CONTEXT, OPEN, USER, TEXT, TOOL, ANSWER, MARK, COMMANDS, *REST],
+          "the reply comes last": [GREETED, CONTEXT, USER, TEXT, TOOL, ANSWER, MARK, OPEN, COMMANDS, *REST],
+          "the reply comes last of all": [GREETED, CONTEXT, USER, TEXT, TOOL, ANSWER, MARK, COMMANDS, OPEN, *REST],
+          "the commands come in the middle": [GREETED, CONTEXT, OPEN, USER, COMMANDS, TEXT, TOOL, ANSWER, MARK, *REST],
+          "the reply comes in the middle": [GREETED, CONTEXT, USER, TEXT, OPEN, COMMANDS, TOOL, ANSWER, MARK, *REST],
+          "nothing is replayed": [GREETED, OPEN, MARK, COMMANDS, *REST],
+          "the mode is told twice": [GREETED, OPEN, MARK, MODE, *REST]}
+
+
+@pytest.mark.parametrize("mode", ["none", "default"])
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_gemini_gets_the_prompt_after_the_replay_of_which_nothing_is_an_answer(order: List[int], mode: str,
+                                                                               config: Config) -> None:
+    lines, said_at = recorded("gemini", "loaded"), []
+    backend, ears = asked("gemini", config, request_of("gemini", keeps=True, resume=CONVERSATION, approval_mode=mode))
+    events: List[Event] = []
+    for kind in order if mode == "none" else [kind for kind in order if kind not in (MODE, MODE_SET)]:
+        line = {**lines[kind], "id": 3} if kind == ENDED and mode == "default" else lines[kind]
+        events += backend.read_message(line, ears)
+        said_at += [kind] * (len(ears.said) - len(said_at) - 1)
+    assert said_at == [GREETED, max(OPEN, MARK, key=order.index), *([MODE_SET] if mode == "none" else [])]
+    load, *mode_set, prompt = ears.said[1:]
+    assert (load["method"], load["params"]) == (
+        "session/load", {"sessionId": CONVERSATION, "cwd": "/home/user/work", "mcpServers": []})
+    assert [said["method"] for said in (*mode_set, prompt)] == [
+        *(["session/set_mode"] if mode == "none" else []), "session/prompt"]
+    assert prompt["params"] == {"sessionId": CONVERSATION, "prompt": [{"type": "text", "text": "hello"}]}
+    assert [type(event) for event in events] == [Init, Message, clinvk.TokenUsage, Done]
+    assert text_of(events) == "STUB[hello]"
+
+
+@pytest.mark.parametrize("kind, text", [("agent_message_chunk", REPLAY_END), ("user_message_chunk", REPLAY_END[:-1]),
+                                        ("user_message_chunk", f"{REPLAY_END}?"), ("user_message_chunk", "/clinvk-")])
+def test_only_our_own_mark_ends_a_replay(kind: str, text: str, config: Config) -> None:
+    lines = recorded("gemini", "loaded")
+    backend, ears = asked("gemini", config, request_of("gemini", keeps=True, resume=CONVERSATION))
+    other = with_value(with_value(lines[MARK], "params.update.sessionUpdate", kind), "params.update.content.text", text)
+    for line in (lines[GREETED], lines[OPEN], other):
+        list(backend.read_message(line, ears))
+    assert ears.said[-1]["method"] == "session/load"
+
+
+SILENCE = round(clinvk.Gemini.REPLAY_SILENCE / clinvk.TICK)
+
+
+def silent(backend: Any, ears: Ears, ticks: int) -> List[str]:
+    """What has been said after so many ticks of silence."""
+    for _ in range(ticks):
+        list(backend.look(ears))
+    return [said["method"] for said in ears.said]
+
+
+def test_a_replay_that_does_not_end_as_we_know_it_has_ended_when_nothing_more_comes(config: Config) -> None:
+    lines = recorded("gemini", "loaded")
+    backend, ears = asked("gemini", config, request_of("gemini", keeps=True, resume=CONVERSATION))
+    events = [event for line in lines[:MARK] for event in backend.read_message(line, ears)]
+    assert silent(backend, ears, SILENCE)[-1] == "session/load"
+    assert silent(backend, ears, 3)[-1] == "session/prompt"
+    for line in (lines[MARK], lines[REPLY], {**lines[ENDED], "id": 3}):
+        events += backend.read_message(line, ears)
+    assert silent(backend, ears, 2 * SILENCE).count("session/prompt") == 1
+    assert (text_of(events), type(events[-1])) == ("STUB[hello]", Done)
+
+
+def test_a_slow_start_of_gemini_is_no_silence_of_the_replay(config: Config) -> None:
+    lines = [json.dumps(line).encode() + b"\n" for line in recorded("gemini", "loaded")]
+    backend, ears = asked("gemini", config, request_of("gemini", keeps=True, resume=CONVERSATION))
+    assert silent(backend, ears, 2 * SILENCE) == ["initialize"]
+    hear(backend, ears, [lines[GREETED]])
+    assert silent(backend, ears, 2 * SILENCE)[-1] == "session/load"
+    for line in lines[OPEN:MARK]:
+        hear(backend, ears, [line])
+        assert silent(backend, ears, SILENCE // 2)[-1] == "session/load"
+    hear(backend, ears, [lines[MARK]])
+    assert ears.said[-1]["method"] == "session/prompt"
+
+
+# ---- gemini's conversations are made ready to be loaded
+
+def said_in(lines: Iterable[Any]) -> List[Tuple[str, str]]:
+    """Who said what in a chat file, in order: a tool's call is its command, its result what the command printed."""
+    found = []
+    for line in lines:
+        parts = line["content"] if isinstance(line["content"], list) else [{"text": line["content"]}]
+        parts = [*parts, *({"functionCall": call} for call in line.get("toolCalls") or []),
+                 *(part for call in line.get("toolCalls") or [] for part in call.get("result") or [])]
+        text = "".join(part.get("text", "") for part in parts)
+        if text and not text.startswith("<session_context>"):
+            found.append((line["type"], text))
+        found += [("call", part["functionCall"]["args"]["command"]) for part in parts if "functionCall" in part]
+        found += [("result", part["functionResponse"]["response"]["output"].split("Output: ")[1].split("\n")[0])
+                  for part in parts if "functionResponse" in part]
+    return found
+
+
+def prepared(chats: Path, session: str) -> List[Any]:
+    """The lines of the file that is to be loaded, less the end mark."""
+    mark = clinvk.prepare_to_load(chats.parent.parent, session, "/home/user/work")
+    assert [file.name for file in chats.iterdir()] == [f"session-clinvk-{session}.jsonl"]
+    metadata, *lines, last = [json.loads(line) for line in next(chats.iterdir()).read_bytes().splitlines()]
+    assert (last["type"], last["content"]) == ("user", [{"text": mark}])
+    assert mark.startswith("/clinvk-") and len(mark) > 40
+    assert metadata["sessionId"] == session and "messages" not in metadata
+    assert metadata["projectHash"] == hashlib.sha256(b"/home/user/work").hexdigest()
+    ids = [line["id"] for line in (*lines, last)]
+    assert len(set(ids)) == len(ids)
+    assert mark not in json.dumps(lines)
+    return lines
+
+
+SHELL, CALLS = "run_shell_command", "I will call it."
+ONE_TOOL = [("user", "!tool echo one first"), ("gemini", "I will run a tool."), ("call", "echo one first"),
+            ("result", "one first"), ("gemini", "STUB[!tool echo one first]")]
+TWO_TOOLS = [*ONE_TOOL, ("user", "!tool echo two second"), ("gemini", "I will run a tool."),
+             ("call", "echo two second"), ("result", "two second"), ("gemini", "STUB[!tool echo two second]"),
+             ("user", f'third !call {SHELL} {{"command":"echo aa"}} !call {SHELL} {{"command":"echo bb"}}'),
+             ("gemini", CALLS), ("call", "echo aa"), ("call", "echo bb"), ("result", "aa"), ("result", "bb")]
+TWO_LOADS = [("user", "\u2060/slash question"), ("gemini", "STUB[/slash question]"),
+             ("user", f'four !call {SHELL} {{"command":"echo cc"}} !call {SHELL} {{"command":"false"}}'),
+             ("gemini", CALLS), ("call", "echo cc"), ("call", "false"), ("result", "cc"), ("result", "(empty)")]
+HELLO = [("user", "hello"), ("gemini", "STUB[hello]")]
+STORED = [("plain", PLAIN, HELLO), ("two_tool_turns", TOOLS, TWO_TOOLS), ("two_loads", TOOLS, [*TWO_TOOLS, *TWO_LOADS]),
+          ("without_metadata", CONVERSATION, HELLO)]
+
+
+def names_of(session: str) -> Tuple[str, str]:
+    """A file's name as gemini gives it, and as we do."""
+    return f"session-2026-11-25T03-45-{session[:8]}.jsonl", f"session-clinvk-{session}.jsonl"
+
+
+@pytest.mark.parametrize("name", [0, 1], ids=["gemini's name", "ours"])
+@pytest.mark.parametrize("chat, session, said", STORED, ids=[chat for chat, *_ in STORED])
+def test_a_stored_conversation_is_said_once_and_in_order(chat: str, session: str, said: Any, name: int,
+                                                         tmp_path: Path) -> None:
+    chats = stored_chat(tmp_path, chat, names_of(session)[name])
+    lines = prepared(chats, session)
+    assert [step for step in said_in(lines) if not step[1].startswith("GOT[")] == said
+    again = prepared(chats, session)
+    assert said_in(again) == said_in(lines)
+    assert [{**line, "id": 0} for line in again] == [{**line, "id": 0} for line in lines]
+
+
+def test_the_call_of_a_tool_stands_in_one_message_with_its_result_or_right_before_it(tmp_path: Path) -> None:
+    chats, called = stored_chat(tmp_path, "two_loads", names_of(TOOLS)[1]), []
+    lines = prepared(chats, TOOLS)
+    for line, after in zip(lines, lines[1:]):
+        calls = clinvk.ids_in(line, "functionCall")
+        assert calls == (clinvk.ids_in(after, "functionResponse") if calls else [])
+        called += calls
+        for call in line.get("toolCalls") or []:
+            assert [part["functionResponse"]["id"] for part in call["result"]] == [call["id"]]
+            called.append(call["id"])
+    assert len(called) == len(set(called)) == 6
+    results = [name for line in lines for name in clinvk.ids_in(line, "functionResponse")]
+    assert results == called[:4], "the others stand with their calls"
+
+
+def test_what_a_load_left_beside_the_conversation_is_removed_and_never_loaded(tmp_path: Path) -> None:
+    own, ours = names_of(PLAIN)
+    chats = stored_chat(tmp_path, "plain", ours)
+    (chats / own).write_text('{"$set": {"messages": []}}\n')
+    assert said_in(prepared(chats, PLAIN)) == HELLO
+
+
+def turn(name: str, *parts: Any, kind: str = "user") -> Dict[str, Any]:
+    return {"id": name, "timestamp": "2026-11-25T03:46:00.000Z", "type": kind, "content": list(parts)}
+
+
+@pytest.mark.parametrize("text, loaded", [
+    ("/help me", "\u2060/help me"), ("? what", "\u2060? what"), ("  /help", "\u2060  /help"),
+    ("see /help", "see /help"), ("\u2060/help", "\u2060/help"), ("why?", "why?"), ("/clinvk-x", "\u2060/clinvk-x")])
+def test_a_turn_that_gemini_would_leave_out_begins_with_a_word_joiner(text: str, loaded: str, tmp_path: Path) -> None:
+    more = [turn("u", {"text": text[:2]}, {"text": text[2:]}), turn("g", {"text": "/answer"}, kind="gemini")]
+    chats = stored_chat(tmp_path, "plain", names_of(PLAIN)[0], more=more)
+    for _ in range(2):
+        assert said_in(prepared(chats, PLAIN)) == [*HELLO, ("user", loaded), ("gemini", "/answer")]
+
+
+@pytest.mark.parametrize("to, said", [("a", HELLO), ("b", [*HELLO, ("user", "a")]), ("not there", []),
+                                      ("a5a6e1ca-3895-40f2-849a-898e42245954", HELLO[:1])])
+def test_what_was_rewound_is_not_loaded(to: str, said: Any, tmp_path: Path) -> None:
+    more = [turn("a", {"text": "a"}), turn("b", {"text": "b"}, kind="gemini"), {"$rewindTo": to}]
+    after = turn("c", {"text": "c"})
+    chats = stored_chat(tmp_path, "plain", names_of(PLAIN)[0], more=[*more, after])
+    assert said_in(prepared(chats, PLAIN)) == [*said, ("user", "c")]
+
+
+def test_the_last_state_of_a_message_counts_and_a_result_without_its_call_does_not(tmp_path: Path) -> None:
+    refused = {"functionResponse": {"id": "t", "name": SHELL, "response": {"error": "canceled by the user"}}}
+    more = [turn("a", {"text": "first"}), turn("a", {"text": "last"}), turn("r", refused), turn("b", {"text": "b"})]
+    chats = stored_chat(tmp_path, "plain", names_of(PLAIN)[0], more=more)
+    assert said_in(prepared(chats, PLAIN)) == [*HELLO, ("user", "last"), ("user", "b")]
+
+
+def test_lines_that_set_all_messages_anew_replace_those_before(tmp_path: Path) -> None:
+    more = [turn("a", {"text": "a"}), {"$set": {"messages": [turn("b", {"text": "b"})]}}, turn("c", {"text": "c"})]
+    chats = stored_chat(tmp_path, "plain", names_of(PLAIN)[0], more=more)
+    assert said_in(prepared(chats, PLAIN)) == [("user", "b"), ("user", "c")]
+
+
+CALL = {"functionCall": {"id": "t", "name": SHELL, "args": {"command": "ls"}}}
+RESULT = {"functionResponse": {"id": "t", "name": SHELL, "response": {"output": "Output: made.txt\n"}}}
+HANGING = {"toolCalls": [{**CALL["functionCall"], "status": "success", "result": [RESULT]}]}
+
+
+@pytest.mark.parametrize("more", [
+    [turn("g", CALL, kind="gemini"), turn("r", RESULT)],
+    [{**turn("g", kind="gemini"), **HANGING}, turn("r", RESULT)], [{**turn("g", kind="gemini"), **HANGING}],
+    [{**turn("g", CALL, kind="gemini"), **HANGING}, turn("r", RESULT)],
+    [{**turn("g", kind="gemini"), **HANGING}, turn("r", RESULT), turn("s", RESULT)],
+    [turn("g", CALL, kind="gemini"), turn("r", RESULT), turn("s", RESULT)]])
+def test_however_often_a_call_is_stored_it_is_loaded_once_with_its_result(more: List[Any], tmp_path: Path) -> None:
+    chats = stored_chat(tmp_path, "plain", names_of(PLAIN)[0], more=more)
+    for _ in range(2):
+        assert said_in(prepared(chats, PLAIN)) == [*HELLO, ("call", "ls"), ("result", "made.txt")]
+
+
+@pytest.mark.parametrize("line", ['{"id":"0000","timestamp":"2026-1', "[]\n", "7\n", "\n", "no JSON\n",
+                                  '{"$set":{"lastUpdated":"2026"}}\n'])
+def test_a_line_that_gemini_does_not_understand_is_left_out(line: str, tmp_path: Path) -> None:
+    chats = stored_chat(tmp_path, "plain", names_of(PLAIN)[0], more=[line])
+    assert said_in(prepared(chats, PLAIN)) == HELLO
+
+
+def test_a_conversation_that_is_not_understood_is_loaded_as_it_is(tmp_path: Path) -> None:
+    own, ours = names_of(PLAIN)
+    chats = stored_chat(tmp_path, "plain", own, more=[turn("a", {"functionResponse": {"new": 1}})])
+    stored = (chats / own).read_text().splitlines()
+    mark = clinvk.prepare_to_load(chats.parent.parent, PLAIN, "/home/user/work")
+    assert [file.name for file in chats.iterdir()] == [ours]
+    *lines, last = [line for line in (chats / ours).read_text().splitlines() if line]
+    assert lines == stored
+    assert json.loads(last)["content"] == [{"text": mark}]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\u4f60", "\\"])
+def test_no_character_of_a_turn_ends_its_line(character: str, tmp_path: Path) -> None:
+    line = json.dumps(turn("a", {"text": f"a{character}b"}), ensure_ascii=False) + "\n"
+    chats = stored_chat(tmp_path, "plain", names_of(PLAIN)[0], more=[line])
+    assert said_in(prepared(chats, PLAIN)) == [*HELLO, ("user", f"a{character}b")]
+
+
+def test_a_conversation_whose_file_is_gone_is_forgotten(tmp_path: Path) -> None:
+    chats = stored_chat(tmp_path, "plain", *names_of(PLAIN))
+    with pytest.raises(Forgotten, match="begin another session"):
+        clinvk.prepare_to_load(chats.parent.parent, CONVERSATION, "/home/user/work")
+    assert sorted(file.name for file in chats.iterdir()) == sorted(names_of(PLAIN))
+
+
+@pytest.mark.parametrize("resume", ["", PLAIN])
+def test_gemini_prepares_only_what_it_is_to_load(resume: str, tmp_path: Path) -> None:
+    chats = stored_chat(tmp_path, "plain", names_of(PLAIN)[0])
+    backend = backend_of("gemini", config_of(tmp_path / "home"))
+    backend.prepare(request_of("gemini", keeps=True, resume=resume), lambda *args: b"never called")
+    assert [file.name for file in chats.iterdir()] == [names_of(PLAIN)[bool(resume)]]
+    assert backend.replay_end == (json.loads(next(chats.iterdir()).read_bytes().splitlines()[-1])["content"][0]["text"]
+                                  if resume else "")
+
+
+# ---- What claude and codex are told to forget
+
+@pytest.mark.parametrize("environ, own", [({}, {}), ({"CLAUDE_CONFIG_DIR": "elsewhere"}, {}),
+                                          ({}, {"CLAUDE_CONFIG_DIR": "elsewhere"})])
+def test_claude_forgets_all_of_a_conversation_and_nothing_of_another(environ: Any, own: Any, tmp_path: Path) -> None:
+    around, added = ({name: str(tmp_path / folder) for name, folder in names.items()} for names in (environ, own))
+    config = config_of(tmp_path / "home", backends={"claude": {"env": added}}, **around)
+    home = tmp_path / ("elsewhere" if environ or own else "home/.claude")
+    others = [f"projects/-home-user-work/{PLAIN}.jsonl", f"projects/-home-user-work/{PLAIN}/subagents/a.jsonl",
+              f"projects/-home-user-work/memory/{CONVERSATION}", f"session-env/{PLAIN}/x"]
+    both = [*others, *(name.replace(PLAIN, CONVERSATION) for name in others if PLAIN in name),
+            f"projects/-other/{CONVERSATION}.jsonl"]
+    for name in both:
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("{}")
+    for _ in range(2):  # what is not there any more is forgotten
+        backend_of("claude", config).forget(CONVERSATION, lambda *args: b"never called")
+        left = [str(path.relative_to(home)) for path in home.rglob("*") if path.is_file() or CONVERSATION in path.name]
+        assert sorted(left) == sorted(others)
+
+
+# A codex that answers thread/delete with the text in its user's file `answer`, unless its stdin is closed before.
+DELETES = """
+import select
+for line in sys.stdin:
+    open(os.environ["HOME"] + "/told", "a").write(line)
+    call = json.loads(line)
+    if call.get("method") == "initialize":
+        print('{"id":1,"result":{}}', flush=True)
+    elif call.get("method") == "thread/delete" and not select.select([sys.stdin], [], [], 0.2)[0]:
+        print(open(os.environ["HOME"] + "/answer").read(), flush=True)
+"""
+NO_ROLLOUT = '{"code":-32600,"message":"no rollout found for thread id T"}'
+WRITER = '{"code":-32600,"message":"thread T already has an active writer"}'
+
+
+@pytest.mark.parametrize("answer, reason", [
+    ('{"id":2,"result":{}}', None), (f'{{"id":2,"error":{NO_ROLLOUT}}}', None),
+    (f'{{"error":{NO_ROLLOUT},"id":2}}', None),  # as 0.169.0 writes it
+    (f'{{"id":2,"error":{WRITER}}}', "active writer"), (f'{{"error":{WRITER},"id":2}}', "active writer"),
+    ('{"method":"warning","params":{}}\n{"id":2,"result":{}}', None)])
+def test_codex_is_asked_to_delete_a_thread_and_waited_for(answer: str, reason: Optional[str], tmp_path: Path,
+                                                          fake_cli: Callable[..., str]) -> None:
+    config = config_of(tmp_path / "home")
+    config.home.mkdir()
+    (tmp_path / "home" / "answer").write_text(answer)
+    backend = backend_of("codex", config, [fake_cli(DELETES, "codex")])
+    with asking(5) as output_of, pytest.raises(BackendFailed, match=reason) if reason else contextlib.nullcontext():
+        backend.forget(CONVERSATION, output_of)
+    told = [json.loads(line) for line in (tmp_path / "home" / "told").read_text().splitlines()]
+    assert [call["method"] for call in told] == ["initialize", "initialized", "thread/delete"]
+    assert told[-1] == {"id": 2, "method": "thread/delete", "params": {"threadId": CONVERSATION}}
+
+
 # ---- What they ask of us
 
 @pytest.mark.parametrize("fields, granted", [
@@ -640,6 +1064,9 @@ def user_message(prompt: str) -> Dict[str, Any]:
 @pytest.mark.parametrize("fields, requests", [
     ({}, []),
     ({"system_prompt": "Be brief."}, [{"subtype": "initialize", "appendSystemPrompt": "Be brief."}]),
+    ({"keeps": True}, [{"subtype": "initialize", "systemPromptSnapshot": False}]),
+    ({"keeps": True, "resume": "C", "system_prompt": "Be brief."},
+     [{"subtype": "initialize", "appendSystemPrompt": "Be brief.", "systemPromptSnapshot": False}]),
     ({"isolated": True}, [{"subtype": "initialize", "systemPrompt": ""}]),
     ({"isolated": True, "system_prompt": "Be brief."}, [{"subtype": "initialize", "systemPrompt": "Be brief."}]),
     ({"effort": "minimal"}, [{"subtype": "apply_flag_settings", "settings": {"effortLevel": "low"}}]),
@@ -656,7 +1083,7 @@ def test_claude_is_told_system_prompt_and_effort_before_the_prompt(fields: Any, 
     assert prompt == user_message("/cost")
 
 
-THREAD = {"cwd": "/home/user/work", "ephemeral": True, "approvalPolicy": "never"}
+THREAD = {"cwd": "/home/user/work", "approvalPolicy": "never"}
 UNTRUSTED = {"config": {"projects": {"/home/user/work": {"trust_level": "untrusted"}}}}
 
 
@@ -671,11 +1098,15 @@ UNTRUSTED = {"config": {"projects": {"/home/user/work": {"trust_level": "untrust
     ({"sandbox_mode": "full"}, {**THREAD, **UNTRUSTED, "sandbox": "danger-full-access"}),
     ({"approval_mode": "auto"}, THREAD), ({"approval_mode": "none"}, THREAD),
     ({"approval_mode": "always"}, {**THREAD, "approvalPolicy": "untrusted"})])
-def test_codex_is_told_modes_and_system_prompt_with_the_thread(fields: Any, thread: Any, config: Config) -> None:
-    _, ears = asked("codex", config, request_of("codex", **fields))
+@pytest.mark.parametrize("turn, method, which", [
+    ({}, "thread/start", {"ephemeral": True}), ({"keeps": True}, "thread/start", {"ephemeral": False}),
+    ({"keeps": True, "resume": "T"}, "thread/resume", {"threadId": "T", "excludeTurns": True})])
+def test_codex_is_told_modes_and_system_prompt_with_the_thread(turn: Any, method: str, which: Any, fields: Any,
+                                                               thread: Any, config: Config) -> None:
+    _, ears = asked("codex", config, request_of("codex", **fields, **turn))
     initialize, initialized, started = ears.said
     assert (initialize["id"], initialize["method"], initialized) == (1, "initialize", {"method": "initialized"})
-    assert started == {"id": 2, "method": "thread/start", "params": thread}
+    assert started == {"id": 2, "method": method, "params": {**thread, **which}}
 
 
 @pytest.mark.parametrize("place", ["/home/user/work", "/home/user", "/"])
@@ -684,7 +1115,7 @@ def test_a_directory_whose_trust_the_user_has_decided_is_left_to_codex(place: st
     (tmp_path / "home" / ".codex").mkdir()
     (tmp_path / "home" / ".codex" / "config.toml").write_text(f'[projects."{place}"]\ntrust_level = "trusted"\n')
     _, ears = asked("codex", config, request_of("codex", sandbox_mode="workspace"))
-    assert ears.said[-1]["params"] == {**THREAD, "sandbox": "workspace-write"}
+    assert ears.said[-1]["params"] == {**THREAD, "ephemeral": True, "sandbox": "workspace-write"}
 
 
 @pytest.mark.parametrize("effort, told", [("", {}), ("high", {"effort": "high"}), ("none", {"effort": "none"}),
@@ -759,6 +1190,15 @@ def test_claude_the_agent_way_is_told_its_modes_on_the_command_line(fields: Any,
     assert command.argv == ["/bin/claude", *CLAUDE_LINE, *tail]
 
 
+@pytest.mark.parametrize("fields, shown", [
+    ({}, ["--no-session-persistence"]), ({"keeps": True}, []),
+    ({"keeps": True, "resume": CONVERSATION}, ["--resume", CONVERSATION]),
+    ({"keeps": True, "resume": CONVERSATION, "model": "m"}, ["--model", "m", "--resume", CONVERSATION])])
+def test_claude_stores_only_what_is_kept_and_goes_on_with_it(fields: Any, shown: List[str], config: Config) -> None:
+    argv = backend_of("claude", config).command(request_of("claude", **fields)).argv
+    assert argv == ["/bin/claude", *CLAUDE_LINE[:-1], *shown, "--permission-mode", "default"]
+
+
 @pytest.mark.parametrize("fields, limits", [
     ({}, {}), ({"max_tokens": 9}, {"MAX_OUTPUT_TOKENS": "9"}),
     ({"max_tokens": 9, "isolated": True}, {"MAX_OUTPUT_TOKENS": "9", "DISABLE_THINKING": "1"}),
@@ -824,13 +1264,30 @@ def test_dry_run_shows_command_directory_variables_and_messages_and_leaves_nothi
     assert told_in(claude)[1]["message"]["content"][0] == {"type": "text", "text": "hi"}
 
 
-@pytest.mark.parametrize("name, methods", [
-    ("codex", ["initialize", "initialized", "thread/start", "turn/start"]),
-    ("gemini", ["initialize", "session/new", "session/set_mode", "session/prompt"])])
-def test_dry_run_shows_the_calls_that_hang_on_replies_too(name: str, methods: List[str], config: Config) -> None:
-    told = told_in(backend_of(name, config).plan(request_of(name, "hi", approval_mode="auto", keeps=True)))
+@pytest.mark.parametrize("name, resume, methods", [
+    ("codex", "", ["initialize", "initialized", "thread/start", "turn/start"]),
+    ("codex", CONVERSATION, ["initialize", "initialized", "thread/resume", "turn/start"]),
+    ("gemini", "", ["initialize", "session/new", "session/set_mode", "session/prompt"]),
+    ("gemini", CONVERSATION, ["initialize", "session/load", "session/set_mode", "session/prompt"])])
+def test_dry_run_shows_the_calls_that_hang_on_replies_too(name: str, resume: str, methods: List[str],
+                                                          config: Config) -> None:
+    request = request_of(name, "hi", approval_mode="auto", keeps=True, resume=resume)
+    told = told_in(backend_of(name, config).plan(request))
     assert [message["method"] for message in told] == methods
     assert told[-1]["params"].get("input", told[-1]["params"].get("prompt")) == [{"type": "text", "text": "hi"}]
+    assert resume in (told[-2] if name == "codex" else told[1])["params"].values() or not resume
+
+
+def test_dry_run_of_a_later_turn_of_claude_shows_what_it_goes_on_with(config: Config) -> None:
+    plan = backend_of("claude", config).plan(request_of("claude", "hi", keeps=True, resume=CONVERSATION))
+    assert f" --resume {CONVERSATION} " in plan.splitlines()[0]
+    assert told_in(plan)[-1]["message"]["content"][0] == {"type": "text", "text": "hi"}
+
+
+def test_dry_run_of_a_later_turn_leaves_the_conversation_as_it_is(tmp_path: Path) -> None:
+    chats = stored_chat(tmp_path, "plain", f"session-2026-11-25T03-45-{PLAIN[:8]}.jsonl")
+    backend_of("gemini", config_of(tmp_path / "home")).plan(request_of("gemini", keeps=True, resume=PLAIN))
+    assert [file.name for file in chats.iterdir()] == [f"session-2026-11-25T03-45-{PLAIN[:8]}.jsonl"]
 
 
 def test_dry_run_shows_no_key(tmp_path: Path) -> None:
@@ -895,6 +1352,8 @@ AGENT_ONLY = ["approval_mode", "sandbox_mode", "max_turns", "allowed_tools"]
     ("codex", {}, []), ("codex", EVERYTHING, ["max_tokens", "max_turns", "allowed_tools", "verbose", "thinking"]),
     ("codex", {**EVERYTHING, "isolated": True}, [*AGENT_ONLY, "max_tokens", "verbose", "thinking"]),
     ("codex", {"effort": "max"}, ["reasoning_effort"]),
+    ("codex", {"resume": "T", "model": "m"}, []), ("codex", {"resume": "T", "system_prompt": "s"}, ["system_prompt"]),
+    ("claude", {"resume": "C", "system_prompt": "s"}, []),
     ("gemini", {}, []), ("gemini", EVERYTHING, ["max_turns", "allowed_tools", "verbose", "reasoning_effort", "thinking",
                                                 "max_tokens", "system_prompt"]),
     ("gemini", {**EVERYTHING, "isolated": True}, [*AGENT_ONLY, "verbose", "reasoning_effort", "thinking"]),
@@ -1016,17 +1475,33 @@ def test_the_tools_variable_in_a_system_prompt_is_not_replaced_by_gemini() -> No
     assert substituted(clinvk.literal("use ${AvailableTools}!")).replace("\u2060", "") == "use ${AvailableTools}!"
 
 
-def test_what_gemini_stores_of_an_agent_run_is_removed(tmp_path: Path) -> None:
-    config = config_of(tmp_path / "home")
-    session = recorded("gemini", "plain")[1]["result"]["sessionId"]
-    chats = written(tmp_path / "home") / "tmp" / "hash" / "chats"
-    chats.mkdir(parents=True)
-    backend, ears = asked("gemini", config, request_of("gemini"))
-    for stored in (session, backend.first_session, "12345678"):
-        (chats / f"session-2026-{stored[:8]}.jsonl").write_text("{}")
-    hear(backend, ears, [(LINES / "gemini" / "plain.jsonl").read_bytes()])
+@pytest.mark.parametrize("case, fields, kept", [
+    ("plain", {}, ["another"]), ("plain", {"keeps": True}, ["another", "session"]),
+    ("loaded", REQUESTS["gemini/loaded"], ["another", "ours"])])
+def test_of_what_gemini_stores_only_a_kept_conversation_is_left(case: str, fields: Any, kept: List[str],
+                                                                tmp_path: Path) -> None:
+    config, chats = config_of(tmp_path / "home"), chats_of(tmp_path)
+    backend, ears = asked("gemini", config, request_of("gemini", **fields))
+    session = CONVERSATION if case == "loaded" else recorded("gemini", case)[1]["result"]["sessionId"]
+    names = {"session": f"session-2026-{session[:8]}.jsonl", "first": f"session-2026-{backend.first_session[:8]}.jsonl",
+             "ours": f"session-clinvk-{session}.jsonl", "another": "session-2026-12345678.jsonl"}
+    for name in names if case == "loaded" else ("session", "first", "another"):
+        (chats / names[name]).write_text("{}")
+    hear(backend, ears, [(LINES / "gemini" / f"{case}.jsonl").read_bytes()])
     backend.clean_up()
-    assert [path.name for path in chats.iterdir()] == ["session-2026-12345678.jsonl"]
+    assert sorted(path.name for path in chats.iterdir()) == sorted(names[name] for name in kept)
+
+
+def test_gemini_forgets_all_of_a_session_and_nothing_of_another(tmp_path: Path) -> None:
+    chats = chats_of(tmp_path)
+    backend = backend_of("gemini", config_of(tmp_path / "home"))
+    others = ["session-clinvk-12345678-eb91-4045-a199-5659ec3ffa7a.jsonl", "session-2026-11-25T03-45-12345678.jsonl"]
+    for name in (f"session-clinvk-{CONVERSATION}.jsonl", f"session-2026-11-25T03-45-{CONVERSATION[:8]}.jsonl",
+                 f"session-2026-11-25T03-46-{CONVERSATION[:8]}.jsonl", *others):
+        (chats / name).write_text("{}")
+    for _ in range(2):  # what is not there any more is forgotten
+        backend.forget(CONVERSATION, lambda *args: b"never called")
+        assert sorted(path.name for path in chats.iterdir()) == sorted(others)
 
 
 def test_a_429_that_gemini_only_writes_to_its_debug_log_ends_the_run(tmp_path: Path) -> None:
@@ -1064,6 +1539,17 @@ for line in sys.stdin:
 """
 
 
+@contextlib.contextmanager
+def asking(seconds: float = 20) -> Iterator[clinvk.OutputOf]:
+    """The real `output_of`, for commands that end within some seconds."""
+    children = clinvk.Children(2**20)
+    try:
+        yield functools.partial(clinvk.output_of, children, clinvk.Stop().allow(seconds))
+    finally:
+        children.wait_until_gone(5)
+        getattr(children, "dismiss_heir", lambda: None)()
+
+
 @dataclasses.dataclass
 class CodexUser:
     """A user of codex: `config.toml` is a file, and codex says that it means `layers`."""
@@ -1078,14 +1564,9 @@ class CodexUser:
 
     def prepare(self) -> str:
         """clinvk's own config.toml after a run has been prepared."""
-        children = clinvk.Children(2**20)
-        try:
+        with asking() as output_of:
             backend = backend_of("codex", self.config, [self.program])
-            backend.prepare(request_of("codex", isolated=True, workdir=str(self.home)),
-                            functools.partial(clinvk.output_of, children, clinvk.Stop().allow(20)))
-        finally:
-            children.wait_until_gone(5)
-            getattr(children, "dismiss_heir", lambda: None)()
+            backend.prepare(request_of("codex", isolated=True, workdir=str(self.home)), output_of)
         return (self.config.home / "codex" / "config.toml").read_text()
 
     @property

@@ -180,6 +180,19 @@ def test_a_turn_that_its_client_has_left_does_not_end_the_conversation(cli: Cli)
     assert talk.session["status"] == "completed"
 
 
+def test_a_session_whose_first_turn_failed_can_be_gone_on_with(cli: Cli) -> None:
+    talk = Talk(cli)
+    failed = cli.prompt("!error 400", ephemeral=False, model="gemini-2.5-flash" if cli.name == "gemini" else None)
+    assert failed.json["exit_code"] == 1, failed.body
+    talk.id = failed.json["session_id"]
+    assert talk.session["status"] == "error" and talk.session["error_message"]
+    talk.say("the word is 4711")
+    assert (talk.session["status"], talk.session["error_message"], talk.session["turn_count"]) == ("completed", "", 2)
+    cli.lab.forget()
+    talk.say("hello")
+    assert any("the word is 4711" in text for text in texts(cli.lab.asked[-1]["body"]))
+
+
 def test_six_conversations_at_once_in_one_directory_stay_apart(cli: Cli) -> None:
     talks = [Talk(cli) for _ in range(6)]
     at_once([functools.partial(talk.say, f"first of {n}") for n, talk in enumerate(talks)])
