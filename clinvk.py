@@ -3557,6 +3557,10 @@ class Database:
         except (sqlite3.Error, OSError, ConfigError) as error:
             raise StoreUnavailable(f"the sessions can not be read or written: {self.file}: {error}") from None
 
+    def close(self) -> None:
+        with self.lock:
+            self.connection.close()
+
 
 def identity_of(file: Path) -> Optional[Tuple[int, int]]:
     """What another file in the same place does not have; None if there is no file."""
@@ -3626,14 +3630,16 @@ def migrate(connection: sqlite3.Connection) -> None:
 
 
 class Lease:
-    """The sign that a server lives: a file that it holds a lock on, which ends with its process, however that ends."""
+    """The sign that a server lives: a file that it holds a lock on, which ends with its process, however that ends.
+
+    Without fcntl, on Windows, there is none, and a server knows of no other."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.name = directory, uuid.uuid4().hex
-        self.handle, unnamed = tempfile.mkstemp(dir=directory, prefix=".")
         if fcntl:
+            self.handle, unnamed = tempfile.mkstemp(dir=directory, prefix=".")
             fcntl.flock(self.handle, fcntl.LOCK_EX)
-        os.replace(unnamed, directory / self.name)  # who finds it finds it locked
+            os.replace(unnamed, directory / self.name)  # who finds it finds it locked
 
     def is_held(self, name: str) -> bool:
         """Whether the server of that name lives."""
@@ -3658,8 +3664,9 @@ class Lease:
                 file.unlink(missing_ok=True)  # another server may sweep, too
 
     def end(self) -> None:
-        (self.directory / self.name).unlink(missing_ok=True)
-        os.close(self.handle)
+        if fcntl:
+            (self.directory / self.name).unlink(missing_ok=True)
+            os.close(self.handle)
 
 
 STOPPED = "server stopped during the run"
@@ -3676,9 +3683,10 @@ class Store:
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError if the database is none that this clinvk can use, and OSError."""
-        self.lease = Lease(own_directory(config, "servers"))
+        servers = own_directory(config, "servers")
         self.file = config.home / "sessions.db"
         self.reading, self.writing = Database(self.file), Database(self.file)  # so that no reader waits for a writer
+        self.lease = Lease(servers)
         self.changed = threading.Condition()  # guards running
         self.running: Set[str] = set()  # the turns that are running in this server
         self.recover()
@@ -3824,6 +3832,8 @@ class Store:
             LOG.error("how %d sessions have ended is not stored: %s", len(left), error)
         finally:
             self.lease.end()
+            self.reading.close()
+            self.writing.close()
 
 
 # ==== Fan-out =====================================================================================

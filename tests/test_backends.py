@@ -937,6 +937,25 @@ def test_a_conversation_whose_file_is_gone_is_forgotten(tmp_path: Path) -> None:
     assert sorted(file.name for file in chats.iterdir()) == sorted(names_of(PLAIN))
 
 
+def test_a_conversation_of_which_no_turn_was_kept_begins_anew(tmp_path: Path) -> None:
+    name, chats = names_of(PLAIN)[0], chats_of(tmp_path)
+    stored = (LINES / "gemini" / "chats" / "plain.jsonl").read_bytes().splitlines(keepends=True)
+    (chats / name).write_bytes(b"".join(stored[:4]))  # as after a first turn that failed
+    backend, ears = backend_of("gemini", config_of(tmp_path / "home")), Ears()
+    request = request_of("gemini", keeps=True, resume=PLAIN)
+    backend.prepare(request, lambda *args: b"never called")
+    backend.greet(ears)
+    backend.ask(request, ears)
+    events = hear(backend, ears, [(LINES / "gemini" / "plain.jsonl").read_bytes()])
+    assert [said["method"] for said in ears.said] == ["initialize", "session/new", "session/prompt"]
+    assert text_of(events) == "STUB[hello]"
+    assert isinstance(events[0], Init) and events[0].backend_session_id not in ("", PLAIN)
+    new = f"session-2026-11-25T03-46-{events[0].backend_session_id[:8]}.jsonl"
+    (chats / new).write_text("{}")
+    backend.clean_up()
+    assert new in [file.name for file in chats.iterdir()]
+
+
 @pytest.mark.parametrize("resume", ["", PLAIN])
 def test_gemini_prepares_only_what_it_is_to_load(resume: str, tmp_path: Path) -> None:
     chats = stored_chat(tmp_path, "plain", names_of(PLAIN)[0])
