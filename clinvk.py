@@ -664,7 +664,6 @@ class PromptRequest:
     isolated: bool = internal(False)  # the model way (SPEC 2.0): a chat, without the agent's tools and files
     keeps: bool = internal(False)  # the CLI stores the conversation
     resume: str = internal("")  # the CLI's own name for the conversation to go on with
-    totals_before: Dict[str, float] = internal(dict)  # the `totals` of the Done of its last turn
     effort: str = internal("")  # how hard to think: low, medium, high ...
     thinking_tokens: Optional[int] = internal(None)
 
@@ -1229,7 +1228,6 @@ class Done(Event):
     turn_count: Optional[int] = None
     stop: str = "end"  # end, length, or sequence: a stop sequence of the client's was met
     stop_sequence: Optional[str] = None
-    totals: Dict[str, float] = dataclasses.field(default_factory=dict)  # what the CLI has counted, perhaps of all turns
 
 
 class Result:
@@ -1681,7 +1679,6 @@ class Claude(JsonLines):
         self.streaming = False  # inside of a message that comes in deltas
         self.spoken = Spoken()
         self.stop = "end"
-        self.totals_before: Dict[str, float] = {}
         self.blamed = ""  # the kind of error that an <synthetic> message named
         self.resets_at: Optional[float] = None  # when a usage limit ends, seconds since the epoch
         self.tools: Dict[str, str] = {}  # id -> name
@@ -1709,7 +1706,6 @@ class Claude(JsonLines):
         """Only the last block is looked at for a slash command, and an empty one is not sent on: so `/cost`, too, is a
         prompt, to the letter."""
         self.grants = grants_leave(request)
-        self.totals_before = request.totals_before
         first: Json = {}
         if request.isolated or request.system_prompt:
             first["systemPrompt" if request.isolated else "appendSystemPrompt"] = request.system_prompt
@@ -1820,19 +1816,17 @@ class Claude(JsonLines):
 
     def parse_result(self, message: Json) -> Iterator[Event]:
         text = message.get("result") or "; ".join(message.get("errors") or []) or str(message.get("subtype"))
-        totals = claude_totals(message)
-        own = claude_own(totals, self.totals_before, message)
-        yield from usage_of(functools.partial(claude_usage, own), message)
+        yield from usage_of(claude_usage, message)
         self.spoken = Spoken()
-        broken = message.get("stop_reason") is None and not message.get("modelUsage") and message.get("num_turns")
+        broken = message.get("stop_reason") is None and not claude_models(message) and message.get("num_turns")
         failed = bool(message.get("is_error"))
         if failed:
             yield Failure(self.error(message.get("api_error_status"), text))
         elif broken:
             failed = True
             yield Failure(BackendFailed("the provider's stream ended before the answer was complete; ask again"))
-        yield Done(1 if failed else 0, cost_usd=own.get("cost"), turn_count=message.get("num_turns"), stop=self.stop,
-                   totals=totals)
+        yield Done(1 if failed else 0, cost_usd=claude_cost(message), turn_count=message.get("num_turns"),
+                   stop=self.stop)
 
     def error(self, status: Optional[int], text: str, retry_after: Optional[float] = None) -> ClinvkError:
         """What a failed result, or the kind of error that was named before it, means to a client."""
@@ -1886,44 +1880,35 @@ def plain(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-# Input, output, input from the cache, input into the cache: in `usage`, and in the totals of `modelUsage`.
-CLAUDE_USAGE = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-CLAUDE_TOTALS = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
-
-
-def counts_in(value: Any, names: Sequence[str]) -> List[int]:
-    """The numbers of an object; 0 for what it does not have."""
-    found = [value.get(name) for name in names] if isinstance(value, dict) else []
-    return [count if isinstance(count, int) else 0 for count in found] or [0] * len(names)
-
-
-def claude_totals(result: Json) -> Dict[str, float]:
-    """`cost`, in USD, and the CLAUDE_TOTALS that a result tells: of its process, and since 2.1.331 of those before it,
-    too, if it goes on with a conversation."""
-    models = result.get("modelUsage")
-    rows = [counts_in(model, CLAUDE_TOTALS) for model in (models.values() if isinstance(models, dict) else ())]
-    cost = result.get("total_cost_usd")
-    totals: Dict[str, float] = {name: sum(column) for name, column in zip(CLAUDE_TOTALS, zip(*rows))}
-    return {**totals, "cost": cost} if isinstance(cost, (int, float)) else totals
-
-
-def claude_own(totals: Dict[str, float], before: Dict[str, float], result: Json) -> Dict[str, float]:
-    """A turn's part of the totals. They run on if they leave room for the turn's `usage` beside those of before."""
-    own = {name: round(count - before.get(name, 0), 10) for name, count in totals.items()}
-    tokens = sum(own.get(name, 0) for name in CLAUDE_TOTALS)
-    usage = sum(counts_in(result.get("usage"), CLAUDE_USAGE))
-    return own if before and min(own.values(), default=0) >= 0 and tokens >= usage else totals
-
-
-def claude_usage(own: Dict[str, float], result: Json) -> Optional[Usage]:
-    """A turn's counts. After a broken stream `usage` is all 0, while the turn's `own` part of the totals is right."""
+def claude_usage(result: Json) -> Optional[Usage]:
+    """A turn's counts. After a broken stream `usage` is all 0, while those by model are right."""
     usage = result.get("usage") or {}
-    counts = counts_in(usage, CLAUDE_USAGE)
+    names = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+    counts = [usage.get(name) or 0 for name in names]
     if not any(counts):
-        counts = [int(own.get(name, 0)) for name in CLAUDE_TOTALS]
+        twins = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens")
+        counts = [sum(model.get(name) or 0 for model in claude_models(result)) for name in twins]
     fresh, output, cached, created = counts
     thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return Usage(fresh, output, cached, created, thinking, cache_inside=False) if any(counts) else None
+
+
+def claude_models(result: Json) -> List[Json]:
+    """A turn's counts by model. Those of `modelUsage`, and `total_cost_usd`, run on over the turns of a process; since
+    2.1.331 over those of a conversation, and what is the turn's own stands beside them."""
+    own = result.get("model_usage_since_last_result")
+    counts = result.get("modelUsage") if own is None else own
+    return list(counts.values()) if isinstance(counts, dict) else []
+
+
+def claude_cost(result: Json) -> Optional[float]:
+    """A turn's own, in USD."""
+    total = result.get("total_cost_usd")
+    if total is None or result.get("model_usage_since_last_result") is None:
+        return total
+    with contextlib.suppress(TypeError, AttributeError):
+        return sum(model.get("costUSD") or 0 for model in claude_models(result))
+    return None  # not known
 
 
 def forgotten(backend: str) -> Forgotten:
@@ -3429,7 +3414,6 @@ class Session:
     status: str = "active"
     turn_count: int = 0
     token_usage: Dict[str, int] = dataclasses.field(default_factory=dict)  # of all turns; empty: nothing was told
-    cli_totals: Dict[str, float] = dataclasses.field(default_factory=dict)  # what the CLI had counted after the last
     backend_session_id: str = ""  # what the CLI calls it
     error_message: str = ""
     owner: str = ""  # the turn that is running: the name of its server's Lease, a colon, and its own
@@ -3439,13 +3423,12 @@ class Session:
         return dataclasses.replace(self, model=self.model or init.model,
                                    backend_session_id=init.backend_session_id or self.backend_session_id)
 
-    def ended(self, done: Done, usage: Optional[Usage]) -> Session:
+    def ended(self, usage: Optional[Usage], *, failed: bool) -> Session:
         """After a turn, and its counts."""
         counts = {} if usage is None else native_usage(usage)
         total = {**self.token_usage, **{name: self.token_usage.get(name, 0) + n for name, n in counts.items()}}
-        return dataclasses.replace(self, status="error" if done.exit_code else "completed", owner="",
-                                   last_used=time.time(), turn_count=self.turn_count + 1, token_usage=total,
-                                   cli_totals=done.totals or self.cli_totals)
+        return dataclasses.replace(self, status="error" if failed else "completed", owner="", last_used=time.time(),
+                                   turn_count=self.turn_count + 1, token_usage=total)
 
 
 def new_session(request: Settled, tags: Sequence[str]) -> Session:
@@ -3489,7 +3472,7 @@ def recorded(session: Session, events: Events, store: Store, *, counts_usage: bo
                 session = dataclasses.replace(session, error_message=event.error.whole)
             elif isinstance(event, Done):
                 try:
-                    store.save(session.ended(event, usage))
+                    store.save(session.ended(usage, failed=event.exit_code != 0))
                 except StoreUnavailable as error:
                     yield Failure(StoreUnavailable(f"the run has ended, but its session is not stored: {error}"))
                     event = dataclasses.replace(event, exit_code=event.exit_code or -1)
@@ -3507,7 +3490,7 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = ((
            id TEXT PRIMARY KEY, backend TEXT NOT NULL, created_at REAL NOT NULL, last_used REAL NOT NULL,
            working_dir TEXT NOT NULL, model TEXT NOT NULL, title TEXT NOT NULL, tags TEXT NOT NULL,
            metadata TEXT NOT NULL, status TEXT NOT NULL, turn_count INTEGER NOT NULL, token_usage TEXT NOT NULL,
-           cli_totals TEXT NOT NULL, backend_session_id TEXT NOT NULL, error_message TEXT NOT NULL, owner TEXT NOT NULL,
+           backend_session_id TEXT NOT NULL, error_message TEXT NOT NULL, owner TEXT NOT NULL,
            system_prompt TEXT NOT NULL, initial_prompt TEXT NOT NULL)""",
     "CREATE INDEX by_use ON sessions (last_used)",
     "CREATE INDEX by_backend ON sessions (backend, last_used)",
@@ -3677,7 +3660,7 @@ class Store:
 
     All of them raise StoreUnavailable if the database can not be used."""
     COLUMNS = tuple(f.name for f in dataclasses.fields(Session))
-    AS_JSON = ("tags", "metadata", "token_usage", "cli_totals")
+    AS_JSON = ("tags", "metadata", "token_usage")
     SHOWN = 1000  # characters of an initial_prompt in a list: it may have megabytes
     AT_ONCE = 1000  # sessions to delete in one transaction: others write meanwhile
 
@@ -4615,8 +4598,8 @@ class Server:
         renamed = model is not None and named_model(model, asked.backend, self.config) != session.model
         overruled = [*(["workdir"] if moved else []), *(["model"] if renamed else [])]
         model = session.model if "model" in kind.honours else None
-        return dataclasses.replace(asked, workdir=session.working_dir, model=model, resume=session.backend_session_id,
-                                   totals_before=session.cli_totals), overruled
+        return dataclasses.replace(asked, workdir=session.working_dir, model=model,
+                                   resume=session.backend_session_id), overruled
 
     def empty_directory(self) -> str:
         """Where the model way runs: clinvk's own, with nothing in it that a CLI could read."""
@@ -4990,7 +4973,7 @@ def shown_session(session: Session) -> Json:
     """A session as clients see it."""
     shown = {**vars(session), "created_at": utc(session.created_at), "last_used": utc(session.last_used),
              "token_usage": {**native_usage(Usage()), **session.token_usage}}
-    return {name: value for name, value in shown.items() if name not in ("owner", "system_prompt", "cli_totals")}
+    return {name: value for name, value in shown.items() if name not in ("owner", "system_prompt")}
 
 
 @route("GET", "/api/v1/sessions/<name>")

@@ -25,7 +25,7 @@ from conftest import eventually
 
 import clinvk
 from clinvk import (BackendAuth, BackendFailed, ClinvkError, Config, Conflict, Done, Event, Failure, Forgotten, Init,
-                    Message, RateLimited, Settled, ToolResult, ToolUse, Usage)
+                    Message, RateLimited, Settled, TokenUsage, ToolResult, ToolUse)
 
 LINES = Path(__file__).parent / "lines"
 EVENT_TYPES = {name: kind for kind, name in clinvk.EVENT_NAMES.items()}
@@ -136,7 +136,7 @@ def shown(event: Event, resets_at: Optional[float] = None) -> List[Any]:
     fields = {}
     for field in dataclasses.fields(event):
         value = getattr(event, field.name)
-        if value != field.default and field.name != "totals":
+        if value != field.default:
             fields[field.name] = value
     if "usage" in fields:
         fields = {name: value for name, value in vars(fields["usage"]).items() if value not in (0, True)}
@@ -180,21 +180,13 @@ def stored_chat(tmp_path: Path, chat: str, *names: str, more: Sequence[Any] = ()
 
 # ---- The recordings
 
-# What was asked, where it was no prompt of the agent way with the default modes. `resumed` is a third turn of claude,
-# after a dearer one with a tool, whose totals are its own (2.1.197) or those of both turns so far (2.1.331).
+# What was asked, where it was no prompt of the agent way with the default modes. `resumed` is a third turn of claude.
 CONVERSATION, REPLAY_END = "a844cbb7-eb91-4045-a199-5659ec3ffa7a", "/clinvk-d297aa52-8680-4265-9d2b-3da9ea749c7e"
-SECOND_TURN = {"inputTokens": 206, "outputTokens": 28, "cacheReadInputTokens": 80, "cacheCreationInputTokens": 6,
-               "cost": 0.00036149999999999995}
-TWO_TURNS = {"inputTokens": 307, "outputTokens": 40, "cacheReadInputTokens": 120, "cacheCreationInputTokens": 9,
-             "cost": 0.0005302499999999999}
-ONE_TURN = {"inputTokens": 101, "outputTokens": 12, "cacheReadInputTokens": 40, "cacheCreationInputTokens": 3,
-            "cost": 0.00016875}
 REQUESTS: Dict[str, Dict[str, Any]] = {
     "claude/tool": {"approval_mode": "auto"}, "gemini/tool": {"approval_mode": "auto"},
-    "claude/resumed": {"keeps": True, "resume": "bc179aef-36b2-4d9a-b1dd-df2b1f4866d9", "totals_before": SECOND_TURN},
-    "claude/resumed_331": {"keeps": True, "resume": "dd7538f2-4da6-4aa4-bb3d-cf3788e560ad", "totals_before": TWO_TURNS},
-    "claude/resumed_error_400_331": {"keeps": True, "resume": "fe6c74de-3d77-4d57-921a-f9c0d7c509a9",
-                                     "totals_before": ONE_TURN},
+    "claude/resumed": {"keeps": True, "resume": "bc179aef-36b2-4d9a-b1dd-df2b1f4866d9"},
+    "claude/resumed_331": {"keeps": True, "resume": "dd7538f2-4da6-4aa4-bb3d-cf3788e560ad"},
+    "claude/resumed_error_400_331": {"keeps": True, "resume": "fe6c74de-3d77-4d57-921a-f9c0d7c509a9"},
     "codex/resumed": {"keeps": True, "resume": "01a21014-fc8b-7583-aade-03c0399f22a7"},
     "gemini/loaded": {"keeps": True, "resume": CONVERSATION, "approval_mode": "none"}}
 CASES = sorted((file.parent.name, file.stem) for file in LINES.glob("*/*.jsonl"))
@@ -601,70 +593,29 @@ def test_what_has_not_been_said_before_is_whole_however_long(name: str, lines: L
 
 # ---- Conversations that go on
 
-UNIT = {"inputTokens": 100, "outputTokens": 10, "cacheReadInputTokens": 40, "cacheCreationInputTokens": 3, "cost": 0.25}
+def counted(inputs: int, cost: float) -> Dict[str, Any]:
+    """What claude tells of a model."""
+    return {"m": {"inputTokens": inputs, "outputTokens": 10, "cacheReadInputTokens": 40, "costUSD": cost}}
 
 
-def units(count: int) -> Dict[str, float]:
-    """The totals of so many equal turns."""
-    return {name: count * each for name, each in UNIT.items()}
+RUNNING_ON = {"modelUsage": counted(300, 0.75), "total_cost_usd": 0.75}
 
 
-def result_of(totals: Dict[str, float], usage: int) -> Dict[str, Any]:
-    """A result of claude's that tells these totals, and the `usage` of so many equal turns."""
-    tokens = {name: count for name, count in totals.items() if name != "cost"}
-    return {"modelUsage": {"m": tokens}, "total_cost_usd": totals["cost"],
-            "usage": {name: usage * UNIT[total] for name, total in zip(clinvk.CLAUDE_USAGE, clinvk.CLAUDE_TOTALS)}}
-
-
-@pytest.mark.parametrize("before, total, usage, own", [
-    (0, 2, 2, 2),  # a first turn
-    (2, 5, 3, 3), (5, 7, 2, 2), (1, 4, 2, 3),  # they run on (2.1.331); a subagent's tokens are in the totals only
-    (5, 3, 3, 3), (3, 3, 3, 3), (2, 3, 3, 3), (3, 5, 5, 5),  # of a process (2.1.197): the turn is dearer, or cheaper
-    (2, 3, 0, 1), (2, 2, 0, 0)])  # a broken stream: `usage` is all 0
-def test_a_turn_of_claude_costs_its_own_part_of_the_totals(before: int, total: int, usage: int, own: int) -> None:
-    result = result_of(units(total), usage)
-    assert clinvk.claude_totals(result) == units(total)
-    found = clinvk.claude_own(units(total), units(before) if before else {}, result)
-    assert found == units(own)
-    counted = Usage(*([own * 100, own * 10, own * 40, own * 3] if not usage else
-                      [usage * 100, usage * 10, usage * 40, usage * 3]), cache_inside=False)
-    assert clinvk.claude_usage(found, result) == (counted if own else None)
-
-
-@pytest.mark.parametrize("case", ["turns", "turns_331"])
-def test_two_results_of_one_process_cost_what_each_turn_did(case: str) -> None:
-    first, second = [line for line in recorded("claude", case) if line.get("type") == "result"]
-    before = clinvk.claude_totals(first)
-    own = clinvk.claude_own(clinvk.claude_totals(second), before, second)
-    assert clinvk.claude_own(before, {}, first) == before == ONE_TURN
-    assert own == {**ONE_TURN, "inputTokens": 102, "cost": 0.00016975}
-
-
-NO_TOTALS = dict.fromkeys(clinvk.CLAUDE_TOTALS, 0)
-
-
-@pytest.mark.parametrize("result, totals", [
-    ({}, {}), ({"modelUsage": [], "total_cost_usd": None}, {}), ({"modelUsage": {}, "total_cost_usd": "1"}, {}),
-    ({"modelUsage": None, "total_cost_usd": 0}, {"cost": 0}), ({"modelUsage": {"m": None}}, NO_TOTALS),
-    ({"modelUsage": {"m": {"inputTokens": None, "outputTokens": "7"}, "n": []}}, NO_TOTALS),
-    ({"modelUsage": {"m": {"inputTokens": 1}, "n": {"inputTokens": 2, "outputTokens": 3}}, "total_cost_usd": 1},
-     {**NO_TOTALS, "inputTokens": 3, "outputTokens": 3, "cost": 1})])
-@pytest.mark.parametrize("usage", [None, [], {"input_tokens": None}])
-def test_totals_of_an_odd_shape_count_as_far_as_they_are_numbers(usage: Any, result: Any, totals: Any) -> None:
-    result = {**result, "usage": usage}
-    assert clinvk.claude_totals(result) == totals
-    assert clinvk.claude_own(totals, {}, result) == totals
-    assert clinvk.claude_own(totals, units(9), result) == totals, "less than before: of another process"
-
-
-@pytest.mark.parametrize("case, totals", [
-    ("resumed", {"inputTokens": 102, "outputTokens": 14, "cacheReadInputTokens": 40, "cacheCreationInputTokens": 3,
-                 "cost": 0.00017975}),
-    ("resumed_331", {"inputTokens": 409, "outputTokens": 54, "cacheReadInputTokens": 160,
-                     "cacheCreationInputTokens": 12, "cost": 0.0007099999999999999})])
-def test_the_totals_that_claude_tells_are_handed_on_to_the_next_turn(case: str, totals: Any, config: Config) -> None:
-    done = events_of("claude", config, recorded("claude", case), **REQUESTS[f"claude/{case}"])[-1]
-    assert isinstance(done, Done) and done.totals == totals
+@pytest.mark.parametrize("result, inputs, cost", [
+    ({**RUNNING_ON, "usage": {"input_tokens": 7}}, 7, 0.75),  # 2.1.197: there is one turn in a process
+    ({**RUNNING_ON, "usage": {"input_tokens": 0}}, 300, 0.75),
+    ({**RUNNING_ON, "usage": {"input_tokens": 7}, "model_usage_since_last_result": counted(100, 0.25)}, 7, 0.25),
+    ({**RUNNING_ON, "usage": {}, "model_usage_since_last_result": counted(100, 0.25)}, 100, 0.25),  # a broken stream
+    ({**RUNNING_ON, "usage": {}, "model_usage_since_last_result": {}}, None, 0),
+    ({"modelUsage": [], "total_cost_usd": None}, None, None),
+    ({**RUNNING_ON, "usage": None, "model_usage_since_last_result": {"m": None}}, None, None),
+    ({**RUNNING_ON, "usage": {"input_tokens": 7}, "model_usage_since_last_result": []}, 7, 0)])
+def test_a_turn_of_claude_has_its_own_counts_and_cost(result: Any, inputs: Optional[int], cost: Optional[float],
+                                                      config: Config) -> None:
+    events = events_of("claude", config, [{"type": "result", "result": "x", "stop_reason": "end_turn", **result}])
+    assert [event.usage.input_tokens for event in events if isinstance(event, TokenUsage)] == \
+        ([] if inputs is None else [inputs])
+    assert (events[-1].exit_code, events[-1].cost_usd) == (0, cost)  # type: ignore[attr-defined]
 
 
 NO_SESSIONS, NO_SUCH = "No previous sessions found for this project.", 'Invalid session identifier "S".\n  Searched for'
