@@ -3439,8 +3439,9 @@ def new_session(request: Settled, tags: Sequence[str]) -> Session:
                    list(dict.fromkeys([*tags, "api"])), request.metadata, request.prompt, request.system_prompt)
 
 
-def kept(session: Session, events: Events, store: Store, *, is_new: bool, counts_usage: bool) -> Events:
-    """The events of a run that is the next turn of `session`.
+def kept(session: Session, run_in: Callable[[Session], Events], store: Store, *, is_new: bool,
+         counts_usage: bool) -> Events:
+    """The events of the run that is the next turn of `session`; `run_in` starts it, in the session as it is by then.
 
     It is stored as `active` before the run begins, and as it has ended before the Done. Raises Conflict if a turn of it
     is running already. A run that can not even be started, or whose conversation the CLI has lost, raises its error and
@@ -3448,7 +3449,7 @@ def kept(session: Session, events: Events, store: Store, *, is_new: bool, counts
     before, session = store.begin(session, is_new=is_new)
     turn = session.owner
     try:
-        yield from recorded(session, events, store, counts_usage=counts_usage)
+        yield from recorded(session, run_in(session), store, counts_usage=counts_usage)
     except ClinvkError:
         store.put_back(session.id, before)
         raise
@@ -4556,6 +4557,7 @@ class Server:
         fields, and of the prompt, in the body; `admitted` is for a run of a request that is past the line."""
         self.known_backend(asked.backend, f"{at}.backend")
         found = self.store.find(asked.session_id) if asked.session_id is not None else None
+        own_system_prompt = asked.system_prompt is not None
         asked, overruled = self.continued(asked, found, at) if found else (asked, [])
         backend = self.backend(asked.backend)
         own_flags = dict.fromkeys(self.config.backends[asked.backend].allowed_extra_flags, True)
@@ -4568,17 +4570,26 @@ class Server:
             raise Invalid([Problem(prompt_at, fault)])
         ignored = [*backend.ignored(request), *overruled]
         if request.dry_run:
-            others = request.system_prompt and asked.system_prompt is None
+            others = request.system_prompt and not own_system_prompt
             shown = dataclasses.replace(request, system_prompt="<system prompt>") if others else request
             return Started(planned(shown, backend), request, ignored)
         stop.allow(request.timeout_secs)
-        events = run(request, backend, self.children, self.slots, stop, admitted=admitted)
+        run_of = functools.partial(run, backend=backend, children=self.children, slots=self.slots, stop=stop,
+                                   admitted=admitted)
         if not request.keeps:
-            return Started(events, request, ignored + (["metadata"] if request.metadata else []))
+            return Started(run_of(request), request, ignored + (["metadata"] if request.metadata else []))
+        return self.turn(request, found, run_of, ignored)
+
+    def turn(self, request: Settled, found: Optional[Session], run_of: Callable[[Settled], Events],
+             ignored: List[str]) -> Started:
+        """A run that is the next turn of a session, or the first one of a new session."""
         settings = self.config.session
         session = dataclasses.replace(found, metadata=request.metadata) if found else \
             new_session(request, settings.default_tags)
-        events = kept(session, events, self.store, is_new=not found, counts_usage=settings.store_token_usage)
+
+        def run_in(session: Session) -> Events:
+            return run_of(dataclasses.replace(request, resume=session.backend_session_id))
+        events = kept(session, run_in, self.store, is_new=not found, counts_usage=settings.store_token_usage)
         return Started(events, request, ignored, session.id)
 
     def continued(self, asked: PromptRequest, session: Session, at: str) -> Tuple[PromptRequest, List[str]]:
@@ -4599,7 +4610,7 @@ class Server:
         overruled = [*(["workdir"] if moved else []), *(["model"] if renamed else [])]
         model = session.model if "model" in kind.honours else None
         return dataclasses.replace(asked, workdir=session.working_dir, model=model,
-                                   resume=session.backend_session_id), overruled
+                                   resume=session.backend_session_id), overruled  # this last for checks and a dry run
 
     def empty_directory(self) -> str:
         """Where the model way runs: clinvk's own, with nothing in it that a CLI could read."""

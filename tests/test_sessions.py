@@ -217,6 +217,18 @@ def test_a_dry_run_stores_nothing(
     assert (reply.status, "session_id" in reply.json, listed(client), told(tmp_path)) == (200, False, [], [])
 
 
+def test_a_dry_run_shows_no_system_prompt_but_its_own(make_client: Callable[..., Client],
+                                                      scripted: Dict[str, Any]) -> None:
+    scripted["backends"]["claude"]["system_prompt"] = "of the config"
+    client = make_client(scripted)
+    name = begin(client, backend="claude", system_prompt="of the session")
+    for fields, shown in (({}, "<system prompt>"), ({"session_id": name}, "<system prompt>"),
+                          ({"system_prompt": "my own"}, "my own"),
+                          ({"session_id": name, "system_prompt": "my own"}, "my own")):
+        plan = ask(client, backend="claude", dry_run=True, **fields).json["output"]
+        assert f'"appendSystemPrompt": "{shown}"' in plan and "of the" not in plan
+
+
 def test_a_dry_run_of_a_further_turn_changes_nothing(client: Client) -> None:
     before = shown(client, begin(client))
     assert ask(client, "more", session_id=before["id"], dry_run=True, metadata={"a": "b"}).status == 200
@@ -439,6 +451,20 @@ def test_the_end_of_a_turn_does_not_end_the_one_after_it(client: Client) -> None
     with pytest.raises(clinvk.Conflict):
         next(third)
     second.close()
+
+
+def test_a_turn_goes_on_from_what_the_one_before_it_has_left(
+        make_client: Callable[..., Client], tmp_path: Path, scripted: Dict[str, Any], clients_database: Path) -> None:
+    """That one may have ended only after the session was looked up: here one that gives the conversation its name."""
+    client = make_client(scripted)
+    name = begin(client, backend="claude")
+    sql(clients_database, "UPDATE sessions SET backend_session_id = ''")
+    asked = clinvk.PromptRequest(backend="claude", prompt="more", session_id=name)
+    waiting = client.server.start(asked, clinvk.Stop(), at="", prompt_at="").events
+    assert ask(client, backend="claude", session_id=name).json["exit_code"] == 0
+    assert isinstance(list(waiting)[-1], clinvk.Done)
+    argv = told(tmp_path)[-1]["argv"]
+    assert argv[argv.index("--resume") + 1] == CLAUDES_NAME
 
 
 # ---- Runs that fail
@@ -678,7 +704,8 @@ def test_thousands_of_old_sessions_are_deleted_at_one_start(serve: Callable[...,
 # ---- Servers that are killed or stopped
 
 def test_a_turn_of_a_killed_server_is_an_error_after_the_next_start(
-        serve: Callable[..., Served], scripted: Dict[str, Any], meanwhile: Callable[..., Any], tmp_path: Path) -> None:
+        serve: Callable[..., Served], scripted: Dict[str, Any], meanwhile: Callable[..., Any], tmp_path: Path,
+        database: Path) -> None:
     server = serve(config=scripted)
     done = begin(server, "done", "claude")
     meanwhile(ask, server, "hold on", "claude", metadata={"a": "b"})
@@ -692,6 +719,7 @@ def test_a_turn_of_a_killed_server_is_an_error_after_the_next_start(
     assert (other["id"], other["status"], other["error_message"]) == (done, "completed", "")
     assert ask(server, "again", "claude", session_id=session["id"]).json["exit_code"] == 0
     assert shown(server, session["id"])["status"] == "completed"
+    assert len(list((database.parent / "servers").iterdir())) == 1  # nothing is left of the one that was killed
     eventually(lambda: alive(family) == [], 10)
 
 
@@ -744,7 +772,7 @@ def test_sigterm_in_mid_run_stores_the_session_and_leaves_no_process(
     assert alive([pid for run in told(tmp_path) for pid in run["family"]]) == []
     assert sql(database, "SELECT status FROM sessions") == [("error",), ("error",)]
     assert all(message for (message,) in sql(database, "SELECT error_message FROM sessions"))
-    assert "Traceback" not in server.stderr
+    assert "Traceback" not in server.stderr and list((database.parent / "servers").iterdir()) == []
     assert {session["status"] for session in listed(serve(config=scripted))} == {"error"}
 
 
