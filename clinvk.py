@@ -2735,9 +2735,12 @@ def read_json_with_comments(file: Path) -> Json:
 # ---- Files for the model way
 
 def own_directory(config: Config, name: str) -> Path:
-    """A directory in clinvk's home; both are made if need be, then for nobody else to read."""
+    """A directory in clinvk's home; both are made if need be, then for nobody else to read. A home that others share
+    stays open to them if it was chosen by CLINVK_HOME."""
     config.home.parent.mkdir(parents=True, exist_ok=True)
     config.home.mkdir(mode=0o700, exist_ok=True)
+    if not config.environ.get("CLINVK_HOME") and config.home.stat().st_mode & 0o077:
+        config.home.chmod(0o700)
     (config.home / name).mkdir(mode=0o700, exist_ok=True)
     return config.home / name
 
@@ -3450,8 +3453,10 @@ def kept(session: Session, run_in: Callable[[Session], Events], store: Store, *,
     turn = session.owner
     try:
         yield from recorded(session, run_in(session), store, counts_usage=counts_usage)
-    except ClinvkError:
-        store.put_back(session.id, before)
+    except ClinvkError as error:
+        error.prompted = error.prompted or isinstance(error, StoreUnavailable)
+        with contextlib.suppress(StoreUnavailable):  # `release` will say so
+            store.put_back(session.id, before)
         raise
     finally:
         store.release(turn)

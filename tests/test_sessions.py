@@ -792,6 +792,16 @@ def test_nobody_else_can_read_the_sessions(serve: Callable[..., Served], databas
         os.umask(before)
 
 
+@pytest.mark.parametrize("variable, found", [({}, 0o700), ({"CLINVK_HOME": ""}, 0o700), (None, 0o755)])
+def test_a_home_that_was_there_is_closed_to_others_unless_it_was_chosen(
+        serve: Callable[..., Served], tmp_path: Path, variable: Optional[Dict[str, str]], found: int) -> None:
+    home = tmp_path / "home" / ".clinvk"
+    home.mkdir(parents=True, mode=0o755)
+    home.chmod(0o755)
+    serve(**({"CLINVK_HOME": str(home)} if variable is None else variable))
+    assert mode(home) == found
+
+
 def test_a_database_that_others_could_read_is_closed_to_them(serve: Callable[..., Served], database: Path) -> None:
     server = serve()
     name = begin(server)
