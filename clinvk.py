@@ -664,6 +664,7 @@ class PromptRequest:
     isolated: bool = internal(False)  # the model way (SPEC 2.0): a chat, without the agent's tools and files
     keeps: bool = internal(False)  # the CLI stores the conversation
     resume: str = internal("")  # the CLI's own name for the conversation to go on with
+    same_system_prompt: bool = internal(False)  # system_prompt is what that conversation began with
     effort: str = internal("")  # how hard to think: low, medium, high ...
     thinking_tokens: Optional[int] = internal(None)
 
@@ -1361,7 +1362,6 @@ class Backend:
     extra_flags: ClassVar[Dict[str, bool]] = {}  # what `extra` may hold -> whether a value follows
     streams: ClassVar[str] = "deltas"
     remembers: ClassVar[bool] = True  # whether it can go on with a conversation
-    keeps_system_prompt: ClassVar[bool] = True  # whether that of a conversation's first turn holds for the others
     stores_at_exit: ClassVar[bool] = False  # whether a conversation is whole, and free for another process, only then
     noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
 
@@ -1665,7 +1665,6 @@ class Claude(JsonLines):
             "--include-partial-messages", "--permission-prompt-tool", "stdio")
     ISOLATED = ("--safe-mode", "--strict-mcp-config", "--tools", "", "--disable-slash-commands")
     PERMISSION = {"default": "default", "auto": "acceptEdits", "none": "dontAsk", "always": "default"}
-    keeps_system_prompt = False
     stores_at_exit = True
     EFFORTS: ClassVar[Dict[str, str]] = {"minimal": "low", "low": "low", "medium": "medium", "high": "high",
                                          "xhigh": "max", "max": "max"}
@@ -2106,7 +2105,8 @@ class Codex(JsonRpc):
 
     def ignored(self, request: Settled) -> List[str]:
         """A thread keeps the instructions that it began with."""
-        return super().ignored(request) + (["system_prompt"] if request.resume and request.system_prompt else [])
+        another = request.resume and request.system_prompt and not request.same_system_prompt
+        return super().ignored(request) + (["system_prompt"] if another else [])
 
     def thread(self, request: Settled) -> Json:
         """How a thread is to run. `untrusted` is the approval policy that asks; what it asks is declined."""
@@ -2341,12 +2341,14 @@ class Gemini(JsonRpc):
 
     def ignored(self, request: Settled) -> List[str]:
         unmatched = request.max_tokens and (not request.isolated or request.model in self.ALIASES or not request.model)
-        added = ["system_prompt"] if request.system_prompt and not request.isolated else []
-        return super().ignored(request) + (["max_tokens"] if unmatched else []) + added
+        given = request.system_prompt and not request.isolated and not request.same_system_prompt
+        return [*super().ignored(request), *(["max_tokens"] if unmatched else []),
+                *(["system_prompt"] if given else [])]
 
     def whole_prompt(self, request: Settled) -> str:
-        """In the agent way there is no place for a system prompt but the prompt."""
-        if request.isolated or not request.system_prompt:
+        """In the agent way there is no place for a system prompt but the prompt, of the first turn."""
+        said_before = request.resume and request.same_system_prompt and not self.anew
+        if request.isolated or not request.system_prompt or said_before:
             return request.prompt
         return f"{request.system_prompt}\n\n{request.prompt}"
 
@@ -4512,6 +4514,7 @@ class Server:
     """What all requests share. Threads: every method may be called from any."""
     LOOKED_UP = 30.0  # seconds for which a PATH look-up holds
     VERSION_SECS = 30.0  # for a CLI to say its version
+    FORGET_SECS = 20.0  # for a CLI to delete a conversation
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -4522,6 +4525,7 @@ class Server:
         self.programs: Dict[str, Tuple[float, Optional[List[str]]]] = {}  # backend -> when looked up, what was found
         self.versions = {name: __version__ for name in config.backends if issubclass(kind_of(name), InProcess)}
         self.store = Store(config)
+        self.forgetting = threading.Lock()  # one CLI at a time is told to
 
     def bound(self, port: int) -> None:
         """The port that was found, if any free one was asked for."""
@@ -4609,7 +4613,7 @@ class Server:
             raise BadRequest(f"{session.backend} has no memory, so its sessions can not be continued: send what was "
                              "said before in the prompt, and leave out session_id")
         if asked.system_prompt in (None, session.system_prompt):
-            asked = dataclasses.replace(asked, system_prompt="" if kind.keeps_system_prompt else session.system_prompt)
+            asked = dataclasses.replace(asked, system_prompt=session.system_prompt, same_system_prompt=True)
         moved = asked.workdir is not None and os.path.realpath(asked.workdir) != session.working_dir
         renamed = model is not None and named_model(model, asked.backend, self.config) != session.model
         overruled = [*(["workdir"] if moved else []), *(["model"] if renamed else [])]
@@ -4639,21 +4643,19 @@ class Server:
             except ClinvkError as error:
                 LOG.warning("the version of %s is not known: %s", name, error)
 
-    def forget(self, session: Session, stop: Stop) -> None:
-        """Delete what the CLI of a session has stored of it, as far as there is a way."""
-        if not session.backend_session_id:
-            return
+    def forget(self, session: Session) -> str:
+        """Delete what the CLI of a session has stored of it, as far as there is a way; why that failed, or ""."""
+        stop = Stop(closing=self.closing).allow(self.FORGET_SECS)
         try:
-            backend = self.backend(session.backend)
-            for _ in self.slots.take(stop.allow(self.config.server.request_timeout_secs)):
-                pass
-            try:
-                backend.forget(session.backend_session_id, functools.partial(output_of, self.children, stop))
-            finally:
-                self.slots.release()
+            with self.forgetting:
+                if session.backend_session_id:
+                    backend = self.backend(session.backend)
+                    backend.forget(session.backend_session_id, functools.partial(output_of, self.children, stop))
         except (ClinvkError, OSError) as error:
-            LOG.warning("session %s is deleted, but not what %s has stored of it (%s): %s", session.id, session.backend,
-                        session.backend_session_id, error)
+            left = f"what {session.backend} has stored of it is still there: {error}"
+            LOG.warning("session %s is deleted, but %s", session.id, left)
+            return left
+        return ""
 
     def expire_sessions(self) -> None:
         """Delete what is older than `session.retention_days`, now and once a day; a thread of its own calls this."""
@@ -5003,8 +5005,8 @@ def delete_session(server: Server, call: Call) -> Answer:
     """Delete a session, and the conversation that its CLI has stored."""
     session = server.store.find(call.name)
     server.store.remove(session.id)
-    server.forget(session, call.stop)
-    return json_answer({"deleted": True, "id": session.id})
+    left = server.forget(session)
+    return json_answer({"deleted": True, "id": session.id, **({"warning": left} if left else {})})
 
 
 @route("GET", "/health")
