@@ -1403,7 +1403,7 @@ class Backend:
         inherited = child_environ(self.config, self.name)
         added = [f"{name}={value}" for name, value in command.env.items() if inherited.get(name) != value]
         about = [f"# in {command.cwd}", *(f"# with {item}" for item in added), "# told:"]
-        shown = "\n".join([shlex.join(command.argv), *about, told.said.decode()])
+        shown = "\n".join([shlex.join(without_secret_values(command.argv)), *about, told.said.decode()])
         return without_secrets(shown, {**self.config.environ, **self.config.backends[self.name].env})
 
     def rehearse(self, request: Settled, told: Mouth) -> None:
@@ -1476,9 +1476,27 @@ class Rehearsal:
 def without_secrets(text: str, environ: Mapping[str, str]) -> str:
     """`text` less the values of the variables whose names say that they are secret."""
     for name, value in environ.items():
-        if re.search("KEY|TOKEN|SECRET|PASSWORD", name) and len(value) > 7:
+        if SECRET.search(name) and len(value) > 7:
             text = text.replace(value, f"<{name}>")
     return text
+
+
+def without_secret_values(argv: Iterable[str]) -> List[str]:
+    """A command line less the values of flags, and of settings, whose names say that they are secret."""
+    shown: List[str] = []
+    hides = False  # the flag before has a secret name, and its value is still to come
+    for item in argv:
+        name, assigned, _ = item.partition("=")
+        secret = bool(SECRET.search(name))
+        if hides and not item.startswith("-"):
+            shown.append("<secret>")
+        else:
+            shown.append(f"{name}=<secret>" if secret and assigned else item)
+        hides = secret and item.startswith("-") and not assigned
+    return shown
+
+
+SECRET = re.compile("key|secret|password|token(?!s)|authorization", re.IGNORECASE)
 
 
 NOT_ALLOWED = "not allowed by the request's approval_mode and sandbox_mode"
@@ -3504,7 +3522,7 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = ((
     "CREATE INDEX by_backend ON sessions (backend, last_used)",
     "CREATE INDEX by_status ON sessions (status, last_used)",
     "CREATE INDEX by_backend_and_status ON sessions (backend, status, last_used)"),)
-LOCK_WAIT = 5.0  # seconds for another server to end what it writes
+LOCK_WAIT = 2.0  # seconds for whoever holds the database
 
 
 class Database:
@@ -3533,18 +3551,20 @@ class Database:
     def transaction(self, kind: str) -> Iterator[sqlite3.Connection]:
         """`kind` is DEFERRED to read, IMMEDIATE to write. Raises StoreUnavailable."""
         try:
-            with self.lock:
+            if not self.lock.acquire(timeout=LOCK_WAIT):  # else each would wait for all before it
+                raise sqlite3.OperationalError("database is locked")
+            try:
                 if self.identity is None or identity_of(self.file) != self.identity:
                     self.identity = None
                     self.connection.close()
                     self.open()
                 self.connection.execute(f"BEGIN {kind}")
-                try:
-                    yield self.connection
-                    self.connection.execute("COMMIT")
-                finally:
-                    if self.connection.in_transaction:
-                        self.connection.execute("ROLLBACK")
+                yield self.connection
+                self.connection.execute("COMMIT")
+            finally:
+                with contextlib.suppress(sqlite3.Error):  # it is closed
+                    self.connection.rollback()
+                self.lock.release()
         except (sqlite3.Error, OSError, ConfigError) as error:
             raise StoreUnavailable(f"the sessions can not be read or written: {self.file}: {error}") from None
 
@@ -4812,12 +4832,17 @@ def chain(server: Server, call: Call) -> Answer:
 
     def start(index: int, stop: TaskStop) -> Events:
         step, at = tasks[index], f"body.steps[{index}]"
-        if index:
+        if index and not is_dry(tasks[index - 1], server.config):
             prompt = filled(step.prompt, shown.results[index - 1].final, server.config.server.max_output_bytes, at)
             step = dataclasses.replace(step, prompt=prompt)
         return start_task(server, step, stop, at).events
     told = in_turn(len(tasks), start, call.stop, stop_on_failure=request.stop_on_failure)
     return shown_as(told, shown, stream=request.stream)
+
+
+def is_dry(task: PromptRequest, config: Config) -> bool:
+    """Whether it has no output of its own."""
+    return config.unified_flags.dry_run if task.dry_run is None else task.dry_run
 
 
 PREVIOUS = "{{previous}}"

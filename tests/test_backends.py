@@ -1260,12 +1260,17 @@ def test_dry_run_of_a_later_turn_leaves_the_conversation_as_it_is(tmp_path: Path
     assert [file.name for file in chats.iterdir()] == [f"session-2026-11-25T03-45-{PLAIN[:8]}.jsonl"]
 
 
-def test_dry_run_shows_no_key(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags, shown", [
+    (["-c", "model_providers.x.api_key=s3cret-one"], "-c 'model_providers.x.api_key=<secret>'"),
+    (["--api-key", "s3cret-two", "--debug"], "--api-key '<secret>' --debug"),
+    (["--token=s3cret-three"], "'--token=<secret>'"),
+    (["--max-tokens", "5", "-c", "x.max_tokens=7"], "--max-tokens 5 -c x.max_tokens=7")])
+def test_dry_run_shows_no_key(flags: List[str], shown: str, tmp_path: Path) -> None:
     config = config_of(tmp_path / "home", OPENAI_API_KEY="sk-from-around", backends={"codex": {
-        "env": {"MY_TOKEN": "from-the-config"}, "extra_flags": ["-c", "key=from-the-config"]}})
+        "env": {"MY_TOKEN": "from-the-config"}, "extra_flags": [*flags, "-p", "from-the-config"]}})
     plan = backend_of("codex", config).plan(request_of("codex", "is sk-from-around a key?"))
-    assert "<OPENAI_API_KEY>" in plan and "key=<MY_TOKEN>" in plan
-    assert "sk-from-around" not in plan and "from-the-config" not in plan
+    assert shown in plan and "<OPENAI_API_KEY>" in plan and "-p <MY_TOKEN>" in plan
+    assert all(secret not in plan for secret in ("sk-from-around", "from-the-config", "s3cret"))
 
 
 NOT_INHERITED = """CLAUDECODE CLAUDE_CODE_ENTRYPOINT CLAUDE_CODE_SESSION_ID CLAUDE_CODE_SSE_PORT CLAUDE_CODE_EXECPATH

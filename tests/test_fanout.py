@@ -164,6 +164,12 @@ def test_previous_is_the_output_of_the_step_before(client: Client, prompts: List
     assert "failed_step" not in reply.json and [r["step"] for r in reply.json["results"]] == [1, 2, 3][:len(prompts)]
 
 
+def test_a_dry_run_of_a_chain_leaves_what_will_be_there_then(logged: Callable[..., Logged]) -> None:
+    steps = [task("a", backend="it"), task("say {{previous}}", backend="it")]
+    told = logged().server.call("POST", "/api/v1/chain", {"steps": steps, "dry_run": True}).json
+    assert told["results"][1]["output"].endswith("# told:\nsay {{previous}}")
+
+
 @pytest.mark.parametrize("stops, ran, completed", [(True, 2, 1), (False, 3, 2)])
 def test_a_failed_step_is_named_and_may_stop_the_chain(
         logged: Callable[..., Logged], stops: bool, ran: int, completed: int) -> None:

@@ -792,6 +792,20 @@ def test_nobody_else_can_read_the_sessions(serve: Callable[..., Served], databas
         os.umask(before)
 
 
+def test_a_database_that_another_program_holds_is_an_error_for_all_at_the_same_time(
+        serve: Callable[..., Served], database: Path, meanwhile: Callable[..., "Future[Reply]"]) -> None:
+    server = serve()
+    with contextlib.closing(sqlite3.connect(str(database), isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        asked = [meanwhile(ask, server) for _ in range(8)]
+        assert server.call("GET", "/health").status == 200 and listed(server) == []
+        assert {one.result().status for one in asked} == {503}
+        assert time.monotonic() - began < 10, "not one after the other"
+        holder.execute("ROLLBACK")
+    assert ask(server).status == 200
+
+
 @pytest.mark.parametrize("variable, found", [({}, 0o700), ({"CLINVK_HOME": ""}, 0o700), (None, 0o755)])
 def test_a_home_that_was_there_is_closed_to_others_unless_it_was_chosen(
         serve: Callable[..., Served], tmp_path: Path, variable: Optional[Dict[str, str]], found: int) -> None:
