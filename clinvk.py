@@ -593,7 +593,7 @@ def put(tree: Json, key: str, value: Any) -> None:
 
 
 def number_of(text: str) -> Union[int, str]:
-    return int(text) if re.fullmatch(r"\d{1,9}", text) else text
+    return int(text) if re.fullmatch("-?[0-9]{1,18}", text) else text
 
 
 def explain(problem: Problem, source: str) -> str:
@@ -664,7 +664,9 @@ class PromptRequest:
     isolated: bool = internal(False)  # the model way (SPEC 2.0): a chat, without the agent's tools and files
     keeps: bool = internal(False)  # the CLI stores the conversation
     resume: str = internal("")  # the CLI's own name for the conversation to go on with
+    sandbox_before: str = internal("")  # the last sandbox_mode that a turn of it has named
     same_system_prompt: bool = internal(False)  # system_prompt is what that conversation began with
+    stops: Tuple[str, ...] = internal(())  # the run ends where one of these comes in its text
     effort: str = internal("")  # how hard to think: low, medium, high ...
     thinking_tokens: Optional[int] = internal(None)
 
@@ -924,7 +926,7 @@ class Compat(Open):
             raise Invalid([Problem("messages", "have no text to answer")])
         asked = check(PromptRequest, {**own, "backend": backend, "prompt": prompt, "model": model}, "clinvk")
         fields = {name: value for name, value in fields.items() if own.get(name) is None}
-        return dataclasses.replace(asked, isolated=isolated, ephemeral=not continues, **fields)
+        return dataclasses.replace(asked, isolated=isolated, ephemeral=asked.ephemeral or not continues, **fields)
 
 
 @dataclass(frozen=True)
@@ -1481,18 +1483,20 @@ def without_secrets(text: str, environ: Mapping[str, str]) -> str:
     return text
 
 
-def without_secret_values(argv: Iterable[str]) -> List[str]:
-    """A command line less the values of flags, and of settings, whose names say that they are secret."""
-    shown: List[str] = []
-    hides = False  # the flag before has a secret name, and its value is still to come
-    for item in argv:
-        name, assigned, _ = item.partition("=")
-        secret = bool(SECRET.search(name))
-        if hides and not item.startswith("-"):
+def without_secret_values(argv: Sequence[str]) -> List[str]:
+    """A command line less what speaks of a secret: the rest of such a word, and the value of such a flag."""
+    shown = list(argv[:1])
+    hides = False  # the word before is such a flag, and this may be its value
+    for word in argv[1:]:
+        name, assigned, _ = word.partition("=")
+        secret, is_flag = bool(SECRET.search(word)), word.startswith("-")
+        if hides and not word.startswith("--"):
             shown.append("<secret>")
+        elif secret and assigned and re.fullmatch(r"[\w.-]+", name):
+            shown.append(f"{name}=<secret>")
         else:
-            shown.append(f"{name}=<secret>" if secret and assigned else item)
-        hides = secret and item.startswith("-") and not assigned
+            shown.append("<secret>" if secret and not is_flag else word)
+        hides = secret and is_flag and not assigned
     return shown
 
 
@@ -2042,6 +2046,7 @@ class Codex(JsonRpc):
         self.turn = ""
         self.counts: Json = {}  # of tokens, in the whole thread
         self.counts_before: Json = {}  # those of its earlier turns
+        self.default_sandbox = "<that of the config>"  # looked up only if a thread would keep another one
         self.resets_at: Optional[float] = None
         self.tools: Set[str] = set()  # items that have been shown as a ToolUse
 
@@ -2063,6 +2068,8 @@ class Codex(JsonRpc):
     def prepare(self, request: Settled, output_of: OutputOf) -> None:
         """Bring clinvk's own CODEX_HOME up to date with the user's, which codex itself reads to us when it changed."""
         if not request.isolated:
+            if self.keeps_sandbox(request):
+                self.default_sandbox = self.configured_sandbox(request, output_of)
             return
         own, users = own_directory(self.config, "codex"), self.user_home()
         link(users / "auth.json", own / "auth.json")
@@ -2072,6 +2079,19 @@ class Codex(JsonRpc):
             kept = self.user_settings(request, output_of) if (users / "config.toml").exists() else {}
             lines = [f"{toml(key)} = {toml(value)}\n" for key, value in {**self.ISOLATED, **kept}.items()]
             write_whole(target, stamp + "".join(lines))
+
+    def keeps_sandbox(self, request: Settled) -> bool:
+        """Whether a thread would go on in the sandbox of an earlier turn, though this one names none."""
+        return bool(request.resume and request.sandbox_before) and request.sandbox_mode not in self.SANDBOX
+
+    def configured_sandbox(self, request: Settled, output_of: OutputOf) -> str:
+        """What a new thread would get in that directory."""
+        asked = {"includeLayers": False, "cwd": request.workdir}
+        config = self.answer_to("config/read", asked, request.workdir, output_of)["config"]
+        here = Path(request.workdir)
+        repositories = [str(place) for place in (here, *here.parents) if (place / ".git").exists()]
+        known = {request.workdir, *repositories[:1]} & set(config.get("projects") or {})
+        return config.get("sandbox_mode") or ("workspace-write" if known else "read-only")
 
     def user_settings(self, request: Settled, output_of: OutputOf) -> Json:
         """The KEPT keys of the user's config, as codex understands it."""
@@ -2137,8 +2157,8 @@ class Codex(JsonRpc):
                     "baseInstructions": request.system_prompt}
         if request.system_prompt:
             thread["developerInstructions"] = request.system_prompt
-        if request.sandbox_mode in self.SANDBOX:
-            thread["sandbox"] = self.SANDBOX[request.sandbox_mode]
+        if request.sandbox_mode in self.SANDBOX or self.keeps_sandbox(request):
+            thread["sandbox"] = self.SANDBOX.get(request.sandbox_mode, self.default_sandbox)
             if not self.trusts(request.workdir):  # else codex writes into the user's config that it does, from now on
                 thread["config"] = {"projects": {request.workdir: {"trust_level": "untrusted"}}}
         return thread
@@ -3439,7 +3459,8 @@ class Session:
     token_usage: Dict[str, int] = dataclasses.field(default_factory=dict)  # of all turns; empty: nothing was told
     backend_session_id: str = ""  # what the CLI calls it
     error_message: str = ""
-    owner: str = ""  # the turn that is running: the name of its server's Lease, a colon, and its own
+    sandbox_mode: str = ""  # the last one that a turn named
+    turn: str = ""  # the one that is running: the name of its server's Lease, a colon, and its own
 
     def begun(self, init: Init) -> Session:
         """Now that its CLI has said what it calls it."""
@@ -3450,7 +3471,7 @@ class Session:
         """After a turn, and its counts."""
         counts = {} if usage is None else native_usage(usage)
         total = {**self.token_usage, **{name: self.token_usage.get(name, 0) + n for name, n in counts.items()}}
-        return dataclasses.replace(self, status="error" if failed else "completed", owner="", last_used=time.time(),
+        return dataclasses.replace(self, status="error" if failed else "completed", turn="", last_used=time.time(),
                                    turn_count=self.turn_count + 1, token_usage=total)
 
 
@@ -3470,7 +3491,6 @@ def kept(session: Session, run_in: Callable[[Session], Events], store: Store, *,
     is running already. A run that can not even be started, or whose conversation the CLI has lost, raises its error and
     leaves the session as it was; a new one is gone again."""
     before, session = store.begin(session, is_new=is_new)
-    turn = session.owner
     try:
         yield from recorded(session, run_in(session), store, counts_usage=counts_usage)
     except ClinvkError as error:
@@ -3479,10 +3499,11 @@ def kept(session: Session, run_in: Callable[[Session], Events], store: Store, *,
             store.put_back(session.id, before)
         raise
     finally:
-        store.release(turn)
+        store.release(session.turn)
 
 
 def recorded(session: Session, events: Events, store: Store, *, counts_usage: bool) -> Events:
+    """`events`, each stored in `session` before it is passed on, as far as it changes that."""
     usage: Optional[Usage] = None
     with contextlib.closing(events):
         for event in events:
@@ -3516,25 +3537,29 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = ((
            id TEXT PRIMARY KEY, backend TEXT NOT NULL, created_at REAL NOT NULL, last_used REAL NOT NULL,
            working_dir TEXT NOT NULL, model TEXT NOT NULL, title TEXT NOT NULL, tags TEXT NOT NULL,
            metadata TEXT NOT NULL, status TEXT NOT NULL, turn_count INTEGER NOT NULL, token_usage TEXT NOT NULL,
-           backend_session_id TEXT NOT NULL, error_message TEXT NOT NULL, owner TEXT NOT NULL,
-           system_prompt TEXT NOT NULL, initial_prompt TEXT NOT NULL)""",
+           backend_session_id TEXT NOT NULL, error_message TEXT NOT NULL, sandbox_mode TEXT NOT NULL,
+           turn TEXT NOT NULL)""",
     "CREATE INDEX by_use ON sessions (last_used)",
     "CREATE INDEX by_backend ON sessions (backend, last_used)",
     "CREATE INDEX by_status ON sessions (status, last_used)",
-    "CREATE INDEX by_backend_and_status ON sessions (backend, status, last_used)"),)
-LOCK_WAIT = 2.0  # seconds for whoever holds the database
+    "CREATE INDEX by_backend_and_status ON sessions (backend, status, last_used)",
+    # Apart from the rest, as they may have megabytes and never change.
+    "CREATE TABLE prompts (id TEXT PRIMARY KEY, system_prompt TEXT NOT NULL, initial_prompt TEXT NOT NULL)",
+    "CREATE TRIGGER no_prompts AFTER DELETE ON sessions BEGIN DELETE FROM prompts WHERE id = old.id; END"),)
+LOCK_WAIT = 5.0  # seconds for another program that holds the database
 
 
 class Database:
     """A connection to the database, which other servers have, too. One thread at a time is in a transaction.
 
     A file that has been removed or replaced meanwhile is opened anew: what is written must not be lost with the old."""
-    OPENING = threading.Lock()
+    OPENING = threading.Lock()  # a connection that only reads must not share its locks with one that is being opened
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.identity: Optional[Tuple[int, int]] = None  # until it is open
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # guards the connection, identity and failed_at
+        self.failed_at = 0.0  # when LOCK_WAIT was last over
         self.open()
 
     def open(self) -> None:
@@ -3550,23 +3575,32 @@ class Database:
     @contextlib.contextmanager
     def transaction(self, kind: str) -> Iterator[sqlite3.Connection]:
         """`kind` is DEFERRED to read, IMMEDIATE to write. Raises StoreUnavailable."""
+        began = time.monotonic()
         try:
-            if not self.lock.acquire(timeout=LOCK_WAIT):  # else each would wait for all before it
-                raise sqlite3.OperationalError("database is locked")
-            try:
-                if self.identity is None or identity_of(self.file) != self.identity:
-                    self.identity = None
-                    self.connection.close()
-                    self.open()
-                self.connection.execute(f"BEGIN {kind}")
-                yield self.connection
-                self.connection.execute("COMMIT")
-            finally:
-                with contextlib.suppress(sqlite3.Error):  # it is closed
-                    self.connection.rollback()
-                self.lock.release()
+            with self.lock:
+                self.begin(kind, began)
+                try:
+                    yield self.connection
+                    self.connection.execute("COMMIT")
+                finally:
+                    if self.connection.in_transaction:
+                        self.connection.execute("ROLLBACK")
         except (sqlite3.Error, OSError, ConfigError) as error:
-            raise StoreUnavailable(f"the sessions can not be read or written: {self.file}: {error}") from None
+            raise StoreUnavailable(f"the sessions can not be read or written ({self.file}: {error}). Mend that; a "
+                                   "prompt that is ephemeral needs no session") from None
+
+    def begin(self, kind: str, asked_at: float) -> None:
+        if self.failed_at > asked_at:  # who has waited behind it has waited as long
+            raise sqlite3.OperationalError("database is locked")
+        if self.identity is None or identity_of(self.file) != self.identity:
+            self.identity = None
+            self.connection.close()
+            self.open()
+        try:
+            self.connection.execute(f"BEGIN {kind}")
+        except sqlite3.OperationalError:
+            self.failed_at = time.monotonic()
+            raise
 
     def close(self) -> None:
         with self.lock:
@@ -3631,12 +3665,13 @@ def use_wal(connection: sqlite3.Connection) -> None:
 
 def migrate(connection: sqlite3.Connection) -> None:
     """All that is missing, in one transaction."""
+    if connection.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS):
+        return
     connection.execute("BEGIN IMMEDIATE")
     done = connection.execute("PRAGMA user_version").fetchone()[0]  # another server may have been first
     for statement in itertools.chain.from_iterable(MIGRATIONS[done:]):
         connection.execute(statement)
-    if done < len(MIGRATIONS):
-        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
     connection.execute("COMMIT")
 
 
@@ -3681,15 +3716,17 @@ class Lease:
 
 
 STOPPED = "server stopped during the run"
+GIVEN_UP = "the request was given up before its answer was complete"
 
 
 class Store:
     """Every session. A method may be called from any thread; when it returns, what it changed is committed.
 
     All of them raise StoreUnavailable if the database can not be used."""
-    COLUMNS = tuple(f.name for f in dataclasses.fields(Session))
+    PROMPTS = ("system_prompt", "initial_prompt")  # in a table of their own
+    COLUMNS = tuple(f.name for f in dataclasses.fields(Session) if f.name not in ("system_prompt", "initial_prompt"))
     AS_JSON = ("tags", "metadata", "token_usage")
-    SHOWN = 1000  # characters of an initial_prompt in a list: it may have megabytes
+    SHOWN = 1000  # characters of an initial_prompt in a list
     AT_ONCE = 1000  # sessions to delete in one transaction: others write meanwhile
 
     def __init__(self, config: Config) -> None:
@@ -3700,30 +3737,45 @@ class Store:
         self.lease = Lease(servers)
         self.changed = threading.Condition()  # guards running
         self.running: Set[str] = set()  # the turns that are running in this server
+        self.unstored: Set[str] = set()  # those that have ended while the database could not be written
         self.recover()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that writes; first it makes up for what could not be written before."""
+        with self.writing.transaction("IMMEDIATE") as db:
+            unstored = set(self.unstored)
+            self.give_up(db, unstored, GIVEN_UP)
+            yield db
+        self.unstored -= unstored
 
     # ---- A turn
 
     def begin(self, session: Session, *, is_new: bool) -> Tuple[Optional[Session], Session]:
         """A turn of `session` begins: the session as it was (None if it is new), and as it is now, active. Raises
         Conflict if another turn is running, in any server, and NotFound if it has been deleted."""
-        with self.writing.transaction("IMMEDIATE") as db:
-            before = None if is_new else self.idle(db, session.id)
-            now = dataclasses.replace(before or session, status="active", error_message="", last_used=time.time(),
-                                      owner=f"{self.lease.name}:{uuid.uuid4().hex}",
-                                      metadata={**(before or session).metadata, **session.metadata})
-            self.put(db, now)
+        turn = f"{self.lease.name}:{uuid.uuid4().hex}"
         with self.changed:
-            self.running.add(now.owner)
+            self.running.add(turn)
+        try:
+            with self.write() as db:
+                before = None if is_new else self.idle(db, session.id)
+                now = dataclasses.replace(before or session, status="active", error_message="", last_used=time.time(),
+                                          turn=turn, sandbox_mode=session.sandbox_mode,
+                                          metadata={**(before or session).metadata, **session.metadata})
+                self.put(db, now)
+        except BaseException:
+            self.ended(turn)
+            raise
         return before, now
 
     def save(self, session: Session) -> None:
-        with self.writing.transaction("IMMEDIATE") as db:
+        with self.write() as db:
             self.put(db, session)
 
     def put_back(self, session_id: str, before: Optional[Session]) -> None:
         """The session as if the turn had not begun."""
-        with self.writing.transaction("IMMEDIATE") as db:
+        with self.write() as db:
             if before:
                 self.put(db, before)
             else:
@@ -3732,51 +3784,61 @@ class Store:
     def release(self, turn: str) -> None:
         """A turn has ended, one way or the other. The session's next one may have begun already."""
         try:
-            self.give_up([turn], "the request was given up before its answer was complete")
+            with self.write() as db:
+                self.give_up(db, [turn], GIVEN_UP)
         except StoreUnavailable as error:
-            LOG.error("how a session has ended is not stored: %s", error)
+            LOG.error("how a session has ended is not stored yet: %s", error)
+            self.unstored.add(turn)
         finally:
-            with self.changed:
-                self.running.discard(turn)
-                self.changed.notify_all()
+            self.ended(turn)
 
-    def give_up(self, turns: Iterable[str], reason: str) -> None:
+    def ended(self, turn: str) -> None:
+        with self.changed:
+            self.running.discard(turn)
+            self.changed.notify_all()
+
+    def give_up(self, db: sqlite3.Connection, turns: Iterable[str], reason: str) -> None:
         """Those that are still active have failed."""
-        with self.writing.transaction("IMMEDIATE") as db:
-            db.executemany("UPDATE sessions SET status = 'error', error_message = ?, owner = '' "
-                           "WHERE status = 'active' AND owner = ?", [(reason, turn) for turn in turns])
+        db.executemany("UPDATE sessions SET status = 'error', error_message = ?, turn = '' "
+                       "WHERE status = 'active' AND turn = ?", [(reason, turn) for turn in turns])
 
     def recover(self) -> None:
         """Turns of servers that were killed have ended."""
         with self.reading.transaction("DEFERRED") as db:
-            turns = [row[0] for row in db.execute("SELECT owner FROM sessions WHERE status = 'active'")]
-        dead = [turn for turn in turns if not self.runs(turn)]
+            turns = [row[0] for row in db.execute("SELECT turn FROM sessions WHERE status = 'active'")]
+        dead = [turn for turn in turns if not self.is_running(turn)]
         if dead:
-            self.give_up(dead, STOPPED)
+            with self.write() as db:
+                self.give_up(db, dead, STOPPED)
         self.lease.sweep()
 
-    def runs(self, turn: str) -> bool:
-        """Whether the server of a turn lives."""
-        return self.lease.is_held(turn.partition(":")[0])
+    def is_running(self, turn: str) -> bool:
+        server = turn.partition(":")[0]
+        return turn in self.running if server == self.lease.name else self.lease.is_held(server)
 
     # ---- Rows
 
     def put(self, db: sqlite3.Connection, session: Session) -> None:
-        row = [getattr(session, name) for name in self.COLUMNS]
-        written = [json.dumps(value) if name in self.AS_JSON else value for name, value in zip(self.COLUMNS, row)]
-        db.execute(f"INSERT OR REPLACE INTO sessions ({', '.join(self.COLUMNS)}) "
-                   f"VALUES ({', '.join('?' * len(self.COLUMNS))})", written)
+        row = {name: getattr(session, name) for name in self.COLUMNS}
+        row.update({name: json.dumps(row[name]) for name in self.AS_JSON})
+        changes = ", ".join(f"{name} = :{name}" for name in self.COLUMNS)
+        if not db.execute(f"UPDATE sessions SET {changes} WHERE id = :id", row).rowcount:
+            db.execute(f"INSERT INTO sessions ({', '.join(self.COLUMNS)}) "
+                       f"VALUES ({', '.join(f':{name}' for name in self.COLUMNS)})", row)
+            db.execute("INSERT INTO prompts VALUES (?, ?, ?)",
+                       (session.id, session.system_prompt, session.initial_prompt))
 
-    def select(self, db: sqlite3.Connection, rest: str, values: Sequence[Any], *, cut: bool = False) -> List[Session]:
-        """The sessions that `rest` of a SELECT finds; with `cut`, only the beginning of long prompts."""
-        shown = ", ".join(self.COLUMNS)
-        if cut:
-            shown = shown.replace("initial_prompt", f"substr(initial_prompt, 1, {self.SHOWN + 1})")
-        found = [dict(zip(self.COLUMNS, row)) for row in db.execute(f"SELECT {shown} FROM sessions {rest}", values)]
+    def select(self, db: sqlite3.Connection, rest: str, values: Sequence[Any], *,
+               longest: Optional[int] = None) -> List[Session]:
+        """The sessions that `rest` of a SELECT finds; of their first prompts, the first `longest` characters."""
+        prompts = [f"coalesce({name}, '')" if longest is None else f"coalesce(substr({name}, 1, {longest + 1}), '')"
+                   for name in self.PROMPTS]
+        query = f"SELECT {', '.join([*self.COLUMNS, *prompts])} FROM sessions LEFT JOIN prompts USING (id) {rest}"
+        found = [dict(zip((*self.COLUMNS, *self.PROMPTS), row)) for row in db.execute(query, values)]
         for row in found:
             row.update({name: json.loads(row[name]) for name in self.AS_JSON})
-            if cut and len(row["initial_prompt"]) > self.SHOWN:
-                row["initial_prompt"] = row["initial_prompt"][:self.SHOWN] + "…"
+            if longest is not None and len(row["initial_prompt"]) > longest:
+                row["initial_prompt"] = row["initial_prompt"][:longest] + "…"
         return [Session(**row) for row in found]
 
     def find(self, prefix: str) -> Session:
@@ -3794,13 +3856,13 @@ class Store:
         return found[0]
 
     def idle(self, db: sqlite3.Connection, session_id: str) -> Session:
-        """A session of which no turn is running. Raises Conflict, and NotFound if it has been deleted."""
-        found = self.select(db, "WHERE id = ?", (session_id,))
+        """A session of which no turn is running, without its prompts. Raises Conflict, and NotFound if it has been
+        deleted."""
+        found = self.select(db, "WHERE id = ?", (session_id,), longest=0)
         if not found:
             raise NotFound(f"the session {session_id} has just been deleted")
-        if found[0].status == "active" and self.runs(found[0].owner):
-            raise Conflict(f"the session {session_id} is in use: wait for the answer to its last request, or begin "
-                           "another session")
+        if found[0].status == "active" and self.is_running(found[0].turn):
+            raise Conflict(f"the session {session_id} is in use: wait for the answer to its last request")
         return found[0]
 
     def page(self, backend: str, status: str, limit: int, offset: int) -> Tuple[List[Session], int]:
@@ -3811,8 +3873,8 @@ class Store:
         with self.reading.transaction("DEFERRED") as db:
             total = db.execute(f"SELECT count(*) FROM sessions {where}", values).fetchone()[0]
             rows = f"SELECT rowid FROM sessions {where} ORDER BY last_used DESC, rowid DESC LIMIT ? OFFSET ?"
-            found = self.select(db, f"WHERE rowid IN ({rows}) ORDER BY last_used DESC, rowid DESC",
-                                (*values, limit, offset), cut=True)
+            found = self.select(db, f"WHERE sessions.rowid IN ({rows}) ORDER BY last_used DESC, sessions.rowid DESC",
+                                (*values, limit, offset), longest=self.SHOWN)
         return found, total
 
     def count(self) -> int:
@@ -3821,14 +3883,14 @@ class Store:
 
     def remove(self, session_id: str) -> None:
         """Raises Conflict if a turn of it is running."""
-        with self.writing.transaction("IMMEDIATE") as db:
+        with self.write() as db:
             self.idle(db, session_id)
             db.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
 
     def expire(self, before: float) -> int:
         """Delete up to AT_ONCE sessions that were last used before then; how many it were."""
         oldest = "SELECT rowid FROM sessions WHERE last_used < ? AND status <> 'active' ORDER BY last_used LIMIT ?"
-        with self.writing.transaction("IMMEDIATE") as db:
+        with self.write() as db:
             return db.execute(f"DELETE FROM sessions WHERE rowid IN ({oldest})", (before, self.AT_ONCE)).rowcount
 
     def close(self, seconds: float) -> None:
@@ -3837,8 +3899,9 @@ class Store:
             self.changed.wait_for(lambda: not self.running, seconds)
             left = list(self.running)
         try:
-            if left:
-                self.give_up(left, STOPPED)
+            if left or self.unstored:
+                with self.write() as db:
+                    self.give_up(db, left, STOPPED)
         except StoreUnavailable as error:
             LOG.error("how %d sessions have ended is not stored: %s", len(left), error)
         finally:
@@ -4344,7 +4407,7 @@ def anthropic_usage(usage: Usage) -> Json:
 
 # ---- Stop sequences
 
-def cut_at(stops: List[str], events: Events) -> Events:
+def cut_at(stops: Sequence[str], events: Events) -> Events:
     """`events` up to the first of `stops` in the answer's text; there the run is closed, and a Done says which.
 
     The paragraphs between the messages of an agent run are part of that text, and put in here. What may be the
@@ -4364,11 +4427,12 @@ def cut_at(stops: List[str], events: Events) -> Events:
             yield Message(text[:len(text) - len(held)], event.is_partial, opens=not spoken)
             spoken = True
             if found:
+                events.close()
                 yield Done(0, stop="sequence", stop_sequence=found)
                 return
 
 
-def split_at(stops: List[str], text: str) -> Tuple[str, str]:
+def split_at(stops: Sequence[str], text: str) -> Tuple[str, str]:
     """The text before the stop sequence that is complete first, and that sequence; all of it and "" without one."""
     found = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in stops if stop in text]
     if not found:
@@ -4377,7 +4441,7 @@ def split_at(stops: List[str], text: str) -> Tuple[str, str]:
     return text[:at], stop
 
 
-def overlap(stops: List[str], text: str) -> int:
+def overlap(stops: Sequence[str], text: str) -> int:
     """How many of the last characters may be the beginning of a stop sequence."""
     longest = min(max(map(len, stops)) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
@@ -4530,6 +4594,9 @@ class Started(NamedTuple):
     session_id: str = ""  # "" if it is a turn of none
 
 
+DAY = 86400.0  # seconds
+
+
 class Server:
     """What all requests share. Threads: every method may be called from any."""
     LOOKED_UP = 30.0  # seconds for which a PATH look-up holds
@@ -4603,18 +4670,22 @@ class Server:
             shown = dataclasses.replace(request, system_prompt="<system prompt>") if others else request
             return Started(planned(shown, backend), request, ignored)
         stop.allow(request.timeout_secs)
-        run_of = functools.partial(run, backend=backend, children=self.children, slots=self.slots, stop=stop,
-                                   admitted=admitted)
+
+        def run_of(request: Settled) -> Events:
+            events = run(request, backend, self.children, self.slots, stop, admitted=admitted)
+            return cut_at(request.stops, events) if request.stops else events
         if not request.keeps:
             return Started(run_of(request), request, ignored + (["metadata"] if request.metadata else []))
-        return self.turn(request, found, run_of, ignored)
+        return self.in_session(request, found, run_of, ignored)
 
-    def turn(self, request: Settled, found: Optional[Session], run_of: Callable[[Settled], Events],
+    def in_session(self, request: Settled, found: Optional[Session], run_of: Callable[[Settled], Events],
              ignored: List[str]) -> Started:
         """A run that is the next turn of a session, or the first one of a new session."""
         settings = self.config.session
         session = dataclasses.replace(found, metadata=request.metadata) if found else \
             new_session(request, settings.default_tags)
+        if request.sandbox_mode != "default":
+            session = dataclasses.replace(session, sandbox_mode=request.sandbox_mode)
 
         def run_in(session: Session) -> Events:
             return run_of(dataclasses.replace(request, resume=session.backend_session_id))
@@ -4629,6 +4700,9 @@ class Server:
                            "backend, or begin another session")
         if asked.ephemeral:
             raise Invalid([Problem(f"{at}.ephemeral", "can not be true together with session_id", True)])
+        if not os.path.isdir(session.working_dir):
+            raise Conflict(f"the directory of the session {session.id}, {session.working_dir}, is gone: make it again, "
+                           "or begin another session")
         if not kind.remembers:
             raise BadRequest(f"{session.backend} has no memory, so its sessions can not be continued: send what was "
                              "said before in the prompt, and leave out session_id")
@@ -4638,8 +4712,8 @@ class Server:
         renamed = model is not None and named_model(model, asked.backend, self.config) != session.model
         overruled = [*(["workdir"] if moved else []), *(["model"] if renamed else [])]
         model = session.model if "model" in kind.honours else None
-        return dataclasses.replace(asked, workdir=session.working_dir, model=model,
-                                   resume=session.backend_session_id), overruled  # this last for checks and a dry run
+        return dataclasses.replace(asked, workdir=session.working_dir, model=model, resume=session.backend_session_id,
+                                   sandbox_before=session.sandbox_mode), overruled
 
     def empty_directory(self) -> str:
         """Where the model way runs: clinvk's own, with nothing in it that a CLI could read."""
@@ -4697,9 +4771,6 @@ class Server:
         if self.children.wait_until_gone(seconds):
             self.children.dismiss_heir()
         self.store.close(max(0.0, ends - time.monotonic()))
-
-
-DAY = 86400.0  # seconds
 
 
 def planned(request: Settled, backend: Backend) -> Events:
@@ -4776,9 +4847,10 @@ def prompt(server: Server, call: Call) -> Answer:
 def parallel(server: Server, call: Call) -> Answer:
     """Several runs at once."""
     request, settings = call.body, server.config.parallel
-    tasks = [ephemeral(task, request.dry_run, f"body.tasks[{i}]") for i, task in enumerate(request.tasks)]
-    natives = checked(server, call, tasks, "body.tasks")
-    told = fan_out(len(tasks), starter(server, tasks, "body.tasks"), call.stop,
+    places = [f"body.tasks[{index}]" for index in range(len(request.tasks))]
+    tasks = [ephemeral(task, request.dry_run, at) for task, at in zip(request.tasks, places)]
+    natives = checked(server, call, tasks, places)
+    told = fan_out(len(tasks), starter(server, tasks, places), call.stop,
                    workers=min(request.max_parallel or settings.max_workers, server.slots.limit),
                    fail_fast=settings.fail_fast if request.fail_fast is None else request.fail_fast)
     return shown_as(told, Several(natives, counted), stream=request.stream)
@@ -4800,8 +4872,9 @@ def compare(server: Server, call: Call) -> Answer:
         raise Invalid([Problem("body.prompt", "must have more than blanks")])
     tasks = [PromptRequest(backend=name, prompt=request.prompt, model=request.model, workdir=request.workdir,
                            ephemeral=True, dry_run=request.dry_run or None) for name in request.backends]
-    natives = checked(server, call, tasks, "body.backends")
-    told = fan_out(len(tasks), starter(server, tasks, "body.backends"), call.stop,
+    places = ["body"] * len(tasks)
+    natives = checked(server, call, tasks, places)
+    told = fan_out(len(tasks), starter(server, tasks, places), call.stop,
                    workers=1 if request.sequential else server.slots.limit, fail_fast=False)
 
     def summary(results: List[Result], answers: List[Json]) -> Json:
@@ -4817,11 +4890,12 @@ def chain(server: Server, call: Call) -> Answer:
     if request.pass_session_id or request.persist_sessions or any("{{session}}" in s.prompt for s in request.steps):
         raise BadRequest("a chain keeps no session: leave out pass_session_id, persist_sessions and {{session}}; "
                          "{{previous}} is the last step's output")
-    tasks = [ephemeral(step, request.dry_run, f"body.steps[{i}]") for i, step in enumerate(request.steps)]
+    places = [f"body.steps[{index}]" for index in range(len(request.steps))]
+    tasks = [ephemeral(step, request.dry_run, at) for step, at in zip(request.steps, places)]
     if request.pass_working_dir:
         for index, task in enumerate(tasks[1:], 1):
             tasks[index] = dataclasses.replace(task, workdir=task.workdir or tasks[index - 1].workdir)
-    natives = checked(server, call, tasks, "body.steps")
+    natives = checked(server, call, tasks, places)
 
     def summary(results: List[Result], answers: List[Json]) -> Json:
         failed = [step for step, result in enumerate(results, 1) if result.failure]
@@ -4831,7 +4905,7 @@ def chain(server: Server, call: Call) -> Answer:
     shown = Several(natives, summary)
 
     def start(index: int, stop: TaskStop) -> Events:
-        step, at = tasks[index], f"body.steps[{index}]"
+        step, at = tasks[index], places[index]
         if index and not is_dry(tasks[index - 1], server.config):
             prompt = filled(step.prompt, shown.results[index - 1].final, server.config.server.max_output_bytes, at)
             step = dataclasses.replace(step, prompt=prompt)
@@ -4868,20 +4942,25 @@ def ephemeral(task: AnyTask, dry_run: bool, at: str) -> AnyTask:
     return dataclasses.replace(task, ephemeral=True, dry_run=True if dry_run else task.dry_run)
 
 
-def checked(server: Server, call: Call, tasks: Sequence[PromptRequest], at: str) -> List[Native]:
-    """A renderer for each task. Raises what is wrong with any of them, and if the line is full: nothing has run."""
-    natives = []
-    for index, task in enumerate(tasks):
+def checked(server: Server, call: Call, tasks: Sequence[PromptRequest], places: Sequence[str]) -> List[Native]:
+    """A renderer for each task; `places` are where they stand in the body. Raises what is wrong with any of them, a
+    faulty field first, and if the line is full: nothing has run."""
+    natives: List[Native] = []
+    others: List[ClinvkError] = []
+    for task, at in zip(tasks, places):
         try:
-            started = start_task(server, task, Stop(), f"{at}[{index}]")
+            started = start_task(server, task, Stop(), at)
+            natives.append(Native(Asked(started.request.model), task.backend, started.ignored))
         except Invalid:  # it names the field
             raise
         except ClinvkError as error:
-            error.args = (f"{at}[{index}]: {error}",)
-            error.problems = [p._replace(location=f"{at}[{index}].{p.location}") for p in error.problems]
-            raise
-        natives.append(Native(Asked(started.request.model), task.backend, started.ignored))
-    server.slots.admit()
+            error.args = (f"{at}: {error}",)
+            error.problems = [p._replace(location=f"{at}.{p.location}") for p in error.problems]
+            others.append(error)
+    if others:
+        raise others[0]
+    if not all(is_dry(task, server.config) for task in tasks):
+        server.slots.admit()
     call.stop.allow(server.config.server.request_timeout_secs)
     return natives
 
@@ -4890,8 +4969,8 @@ def start_task(server: Server, task: PromptRequest, stop: Stop, at: str) -> Star
     return server.start(task, stop, at=at, prompt_at=f"{at}.prompt", admitted=True)
 
 
-def starter(server: Server, tasks: Sequence[PromptRequest], at: str) -> StartTask:
-    return lambda index, stop: start_task(server, tasks[index], stop, f"{at}[{index}]").events
+def starter(server: Server, tasks: Sequence[PromptRequest], places: Sequence[str]) -> StartTask:
+    return lambda index, stop: start_task(server, tasks[index], stop, places[index]).events
 
 
 def shown_as(told: Generator[Told, None, None], shown: Several, *, stream: bool) -> Answer:
@@ -4917,7 +4996,7 @@ def messages(server: Server, call: Call) -> Answer:
 def compat(server: Server, call: Call, kind: Type[Renderer], include_usage: bool = False) -> Answer:
     """A chat request of either API: the same run, shown by `kind`."""
     request = call.body
-    asked = request.to_prompt(server.config)
+    asked = dataclasses.replace(request.to_prompt(server.config), stops=tuple(request.stops))
     started = server.start(asked, call.stop, at="clinvk", prompt_at="messages")
     renderer = kind(Asked(request.model, len(asked.prompt) + len(asked.system_prompt or ""), include_usage,
                           call.request_id))
@@ -4925,10 +5004,9 @@ def compat(server: Server, call: Call, kind: Type[Renderer], include_usage: bool
     headers = {"X-Clinvk-Backend": asked.backend}
     if ignored:
         headers["X-Clinvk-Ignored"] = ", ".join(ignored)[:4000]
-    events = cut_at(request.stops, started.events) if request.stops else started.events
     if request.stream:
-        return streamed(events, renderer, headers, until=(Message, Thinking, ToolUse, Done))
-    return collected(events, renderer, headers, fails=True)
+        return streamed(started.events, renderer, headers, until=(Message, Thinking, ToolUse, Done))
+    return collected(started.events, renderer, headers, fails=True)
 
 
 def streamed(events: Events, renderer: Renderer, headers: Mapping[str, str], until: Any) -> Answer:
@@ -5016,7 +5094,7 @@ def shown_session(session: Session) -> Json:
     """A session as clients see it."""
     shown = {**vars(session), "created_at": utc(session.created_at), "last_used": utc(session.last_used),
              "token_usage": {**native_usage(Usage()), **session.token_usage}}
-    return {name: value for name, value in shown.items() if name not in ("owner", "system_prompt")}
+    return {name: value for name, value in shown.items() if name not in ("turn", "system_prompt", "sandbox_mode")}
 
 
 @route("GET", "/api/v1/sessions/<name>")
@@ -5416,7 +5494,8 @@ def serve(options: argparse.Namespace) -> int:
     except (ConfigError, StoreUnavailable) as error:
         return refused(str(error))
     except OSError as error:
-        return refused(f"{error.filename}: {error.strerror}. Choose another directory with CLINVK_HOME")
+        place = error.filename or "the home of clinvk"
+        return refused(f"{place}: {error.strerror}. Choose another directory with CLINVK_HOME")
     try:
         listening = listen(server)
     except (OSError, ValueError, RuntimeError) as error:  # the last: no more threads
@@ -5432,8 +5511,8 @@ def run_server(server: Server, listening: Any) -> int:
         signal.signal(number, functools.partial(stop_serving, server))
     try:
         announce(server.config, listening)
-        for task in (server.look_up_versions, server.expire_sessions):
-            threading.Thread(target=task, name=task.__name__, daemon=True).start()
+        for chore in (server.look_up_versions, server.expire_sessions):
+            threading.Thread(target=chore, name=chore.__name__, daemon=True).start()
         listening.run()  # until SystemExit; it returns once its threads have ended, or after 5 s
     except SystemExit:  # it came before that
         pass

@@ -176,7 +176,7 @@ def filled_home(home: Path, count: int) -> List[str]:
     sessions = [clinvk.Session(uuid.uuid4().hex, backends[n % 4], began + n, began + n, "/", "m", f"prompt {n}",
                                ["api"], {"n": str(n)}, f"prompt {n}\n" * 20, "", turn_count=1,
                                status="error" if n % 9 == 0 else "completed") for n in range(count)]
-    with store.writing.transaction("IMMEDIATE") as db:
+    with store.write() as db:
         for session in sessions:
             store.put(db, session)
     store.close(0)

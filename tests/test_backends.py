@@ -1260,10 +1260,34 @@ def test_dry_run_of_a_later_turn_leaves_the_conversation_as_it_is(tmp_path: Path
     assert [file.name for file in chats.iterdir()] == [f"session-2026-11-25T03-45-{PLAIN[:8]}.jsonl"]
 
 
+@pytest.mark.parametrize("before, mode, config, sandbox", [
+    ("full", "default", {"sandbox_mode": None, "projects": None}, "read-only"),
+    ("full", "default", {"sandbox_mode": "workspace-write"}, "workspace-write"),
+    ("full", "default", {"projects": {"HERE": {"trust_level": "trusted"}}}, "workspace-write"),
+    ("full", "default", {"projects": {"/elsewhere": {"trust_level": "trusted"}}}, "read-only"),
+    ("full", "read-only", None, "read-only"), ("", "default", None, None)])
+def test_a_turn_of_codex_has_its_own_sandbox_not_that_of_a_turn_before_it(
+        before: str, mode: str, config: Any, sandbox: Optional[str], tmp_path: Path) -> None:
+    """`config` is what codex says its config is in that directory; None: it is not asked."""
+    backend = backend_of("codex", config_of(tmp_path / "home"))
+    request = request_of("codex", keeps=True, resume="T", sandbox_before=before, sandbox_mode=mode,
+                         workdir=str(tmp_path))
+
+    def output_of(command: clinvk.Command, said: bytes, until: bytes) -> bytes:
+        assert config is not None and b'"config/read"' in said
+        return json.dumps({"id": 2, "result": {"config": config}}, separators=(",", ":")).replace(
+            "HERE", str(tmp_path)).encode() + b"\n"
+    backend.prepare(request, output_of)
+    assert backend.thread(request).get("sandbox") == sandbox
+
+
 @pytest.mark.parametrize("flags, shown", [
     (["-c", "model_providers.x.api_key=s3cret-one"], "-c 'model_providers.x.api_key=<secret>'"),
     (["--api-key", "s3cret-two", "--debug"], "--api-key '<secret>' --debug"),
     (["--token=s3cret-three"], "'--token=<secret>'"),
+    (["--settings", '{"env":{"ANTHROPIC_AUTH_TOKEN":"s3cret"}}'], "--settings '<secret>' -p"),
+    (["-c", 'p.http_headers={"X-Api-Key"="s3cret"}'], "-c 'p.http_headers=<secret>'"),
+    (["-H", "X-Api-Key: s3cret"], "-H '<secret>'"), (["--api-key", "-s3cret"], "--api-key '<secret>'"),
     (["--max-tokens", "5", "-c", "x.max_tokens=7"], "--max-tokens 5 -c x.max_tokens=7")])
 def test_dry_run_shows_no_key(flags: List[str], shown: str, tmp_path: Path) -> None:
     config = config_of(tmp_path / "home", OPENAI_API_KEY="sk-from-around", backends={"codex": {

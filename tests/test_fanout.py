@@ -284,3 +284,27 @@ def test_every_error_of_a_task_says_which_one_it_was(client: Client, bad: Any, p
 def test_what_all_of_a_comparison_share_is_named_once(client: Client, fields: Any, place: str) -> None:
     reply = client.call("POST", "/api/v1/compare", {"backends": ["echo"], "prompt": "a", **fields})
     assert (reply.status, reply.json["errors"][0]["location"]) == (422, place)
+
+
+# ---- What is checked before anything runs
+
+def test_a_faulty_field_is_told_before_what_else_keeps_a_task_from_running(client: Client) -> None:
+    tasks = [task("x", backend="codex"), task("x", model="fast")]
+    client.server.programs["codex"] = (1e12, None)  # not installed
+    assert client.call("POST", "/api/v1/parallel", {"tasks": tasks[:1]}).status == 503
+    reply = client.call("POST", "/api/v1/parallel", {"tasks": [*tasks, task(" ")]})
+    assert (reply.status, reply.json["errors"][0]["location"]) == (422, "body.tasks[2].prompt")
+
+
+def test_compare_names_its_own_fields(client: Client) -> None:
+    reply = client.call("POST", "/api/v1/compare", {"backends": ["echo"], "prompt": "x", "model": "fast"})
+    assert (reply.status, reply.json["errors"][0]["location"]) == (422, "body.model")
+
+
+def test_a_dry_run_needs_no_place_in_the_line(make_client: Callable[..., Client]) -> None:
+    client = make_client({"server": {"max_concurrent_runs": 1, "max_waiting_runs": 0}})
+    list(client.server.slots.take(clinvk.Stop()))
+    body = {"tasks": [task("x")]}
+    assert client.call("POST", "/api/v1/parallel", body).status == 503
+    assert client.call("POST", "/api/v1/parallel", {**body, "dry_run": True}).status == 200
+    client.server.slots.release()

@@ -109,6 +109,18 @@ def kinds_in(value: Any) -> List[str]:
     return here + [kind for name, item in value.items() if name != "tools" for kind in kinds_in(item)]
 
 
+def test_what_one_turn_was_allowed_the_next_is_not(cli: Cli) -> None:
+    talk = Talk(cli)
+    allowed = {"sandbox_mode": "full"} if cli.name == "codex" else {"approval_mode": "auto"}
+    names = [f"{talk.cli.name}-{turn}" for turn in ("allowed", "not")]
+    for name, modes in zip(names, (allowed, {})):
+        talk.say(f"!tool touch {name}", **modes)
+    assert [(cli.workdir / name).exists() for name in names] == [True, False]
+    if cli.name == "codex":
+        talk.say(f"!tool touch {names[1]}", sandbox_mode="workspace")
+        assert (cli.workdir / names[1]).exists()
+
+
 def test_the_system_prompt_and_the_model_of_the_first_turn_hold_for_the_others(cli: Cli) -> None:
     talk = Talk(cli)
     talk.say("hello", system_prompt="XSYS: be brief", model="gemini-2.5-pro" if cli.name == "gemini" else "stub-other")

@@ -406,6 +406,26 @@ def test_a_chat_completion_continues_the_way_of_the_agent(
     assert only(client)["turn_count"] == 2
 
 
+def test_a_session_whose_directory_is_gone_says_so(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    name = begin(client, workdir=str(tmp_path / "there"))
+    (tmp_path / "there").rmdir()
+    reply = ask(client, session_id=name)
+    assert (reply.status, f"{tmp_path}/there" in reply.json["detail"]) == (409, True)
+
+
+def test_a_stop_sequence_ends_a_turn_well(client: Client) -> None:
+    name = begin(client)
+    body = {"model": "echo", "messages": [{"role": "user", "content": "one two three"}], "stop": "two",
+            "clinvk": {"session_id": name}}
+    reply = client.call("POST", "/openai/v1/chat/completions", body)
+    assert reply.json["choices"][0]["message"]["content"] == "one "
+    assert (only(client)["status"], only(client)["turn_count"]) == ("completed", 2)
+    body["clinvk"] = {"session_id": name, "ephemeral": True}
+    assert client.call("POST", "/openai/v1/chat/completions", body).status == 400
+    assert only(client)["turn_count"] == 2
+
+
 # ---- Two at once
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["one server", "two servers"])
@@ -1058,6 +1078,32 @@ def test_a_server_without_a_store_stops_cleanly(serve: Callable[..., Served], da
     begin(server)
     by_a_directory(database)
     assert (server.stop(), "Traceback" in server.stderr) == (0, False)
+
+
+def test_a_turn_whose_end_could_not_be_stored_does_not_stay_active(
+        serve: Callable[..., Served], scripted: Dict[str, Any], database: Path, tmp_path: Path,
+        meanwhile: Callable[..., "Future[Reply]"]) -> None:
+    server = serve(config=scripted)
+    running = meanwhile(ask, server, "hold", "it")
+    await_told(tmp_path)
+    with contextlib.closing(sqlite3.connect(str(database), isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        (tmp_path / "go").touch()
+        answer = running.result().json
+        holder.execute("ROLLBACK")
+    assert answer["output"] == "said:\nhold" and answer["exit_code"] == -1 and "not stored" in answer["error"]
+    begin(server)  # the next who writes makes up for it
+    [session] = listed(server, "?backend=it")
+    assert (session["status"], session["error_message"]) == ("error", clinvk.GIVEN_UP)
+    assert server.call("DELETE", f"/api/v1/sessions/{session['id']}").status == 200
+
+
+def test_many_long_prompts_at_once_are_all_stored(serve: Callable[..., Served],
+                                                  meanwhile: Callable[..., "Future[Reply]"]) -> None:
+    server, prompt = serve(), "x" * 4_000_000
+    asked = [meanwhile(ask, server, prompt) for _ in range(12)]
+    assert {one.result().status for one in asked} == {200}
+    assert {session["status"] for session in listed(server)} == {"completed"}
 
 
 # ---- Killed under load
