@@ -664,6 +664,7 @@ class PromptRequest:
     isolated: bool = internal(False)  # the model way (SPEC 2.0): a chat, without the agent's tools and files
     keeps: bool = internal(False)  # the CLI stores the conversation
     resume: str = internal("")  # the CLI's own name for the conversation to go on with
+    begins: bool = internal(False)  # no turn of it has come to its end yet
     sandbox_before: str = internal("")  # the last sandbox_mode that a turn of it has named
     same_system_prompt: bool = internal(False)  # system_prompt is what that conversation began with
     stops: Tuple[str, ...] = internal(())  # the run ends where one of these comes in its text
@@ -1372,6 +1373,11 @@ class Backend:
         self.own_flags = config.backends[name].extra_flags
         self.scratch: Optional[Path] = None  # a directory of the run's own
 
+    @staticmethod
+    def new_conversation() -> str:
+        """A name for one, if the CLI lets us choose it."""
+        return ""
+
     @classmethod
     def find(cls, name: str, config: Config) -> Optional[List[str]]:
         """Program (absolute) and first arguments, or None if it is not installed."""
@@ -1710,14 +1716,27 @@ class Claude(JsonLines):
             env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(request.max_tokens)
             if request.isolated and not (request.effort or request.thinking_tokens):
                 env["CLAUDE_CODE_DISABLE_THINKING"] = "1"  # else it could take all of them, before any answer
+        goes_on = not request.begins or self.transcripts(request.resume)
         argv = [*self.program, *self.LINE, *([] if request.keeps else ["--no-session-persistence"]),
-                *option("--model", request.model), *option("--resume", request.resume)]
+                *option("--model", request.model), *option("--resume" if goes_on else "--session-id", request.resume)]
         if request.isolated:
             argv += self.ISOLATED
         else:
             argv += ["--permission-mode", self.permission_mode(request), *option("--max-turns", request.max_turns),
                      *option("--allowedTools", request.allowed_tools)]
         return Command([*argv, *self.own_flags, *request.extra], request.workdir, env)
+
+    @staticmethod
+    def new_conversation() -> str:
+        return str(uuid.uuid4())
+
+    def user_home(self) -> Path:
+        environ = child_environ(self.config, self.name)
+        return Path(environ.get("CLAUDE_CONFIG_DIR") or Path(environ.get("HOME") or Path.home()) / ".claude")
+
+    def transcripts(self, session_id: str) -> List[Path]:
+        """Where claude has stored a conversation; none, or one."""
+        return list(self.user_home().glob(f"projects/*/{session_id}.jsonl"))
 
     def permission_mode(self, request: Settled) -> str:
         by_sandbox = {"read-only": "plan", "full": "bypassPermissions"}
@@ -1865,12 +1884,10 @@ class Claude(JsonLines):
         return self.error(401, "it asks for a login") if "Please run /login" in stderr else None
 
     def forget(self, session_id: str, output_of: OutputOf) -> None:
-        environ = child_environ(self.config, self.name)
-        home = Path(environ.get("CLAUDE_CONFIG_DIR") or Path(environ.get("HOME") or Path.home()) / ".claude")
-        for transcript in home.glob(f"projects/*/{session_id}.jsonl"):
+        for transcript in self.transcripts(session_id):
             transcript.unlink()
             shutil.rmtree(transcript.with_suffix(""), ignore_errors=True)  # of its subagents, if there were any
-        shutil.rmtree(home / "session-env" / session_id, ignore_errors=True)
+        shutil.rmtree(self.user_home() / "session-env" / session_id, ignore_errors=True)
 
     def permission(self, message: Json) -> Json:
         """The answer to what claude asks of us: leave for a tool, as the approval mode says; all else is refused."""
@@ -3476,11 +3493,13 @@ class Session:
 
 
 def new_session(request: Settled, tags: Sequence[str]) -> Session:
-    """The session whose first turn is `request`."""
+    """The session whose first turn is `request`. A conversation that the CLI lets us name is named before it begins, so
+    that it can be gone on with, and deleted, whenever the first turn breaks off."""
     first_line = next(line.strip() for line in request.prompt.splitlines() if line.strip())
     now = time.time()
     return Session(uuid.uuid4().hex, request.backend, now, now, request.workdir, request.model, first_line[:50],
-                   list(dict.fromkeys([*tags, "api"])), request.metadata, request.prompt, request.system_prompt)
+                   list(dict.fromkeys([*tags, "api"])), request.metadata, request.prompt, request.system_prompt,
+                   backend_session_id=kind_of(request.backend).new_conversation())
 
 
 def kept(session: Session, run_in: Callable[[Session], Events], store: Store, *, is_new: bool,
@@ -4666,8 +4685,10 @@ class Server:
             raise Invalid([Problem(prompt_at, fault)])
         ignored = [*backend.ignored(request), *overruled]
         if request.dry_run:
-            others = request.system_prompt and not own_system_prompt
-            shown = dataclasses.replace(request, system_prompt="<system prompt>") if others else request
+            shown = request if own_system_prompt or not request.system_prompt else \
+                dataclasses.replace(request, system_prompt="<system prompt>")
+            if request.keeps and not request.resume:
+                shown = dataclasses.replace(shown, resume=backend.new_conversation(), begins=True)
             return Started(planned(shown, backend), request, ignored)
         stop.allow(request.timeout_secs)
 
@@ -4688,7 +4709,8 @@ class Server:
             session = dataclasses.replace(session, sandbox_mode=request.sandbox_mode)
 
         def run_in(session: Session) -> Events:
-            return run_of(dataclasses.replace(request, resume=session.backend_session_id))
+            return run_of(dataclasses.replace(request, resume=session.backend_session_id,
+                                              begins=session.turn_count == 0))
         events = kept(session, run_in, self.store, is_new=not found, counts_usage=settings.store_token_usage)
         return Started(events, request, ignored, session.id)
 
@@ -4713,7 +4735,7 @@ class Server:
         overruled = [*(["workdir"] if moved else []), *(["model"] if renamed else [])]
         model = session.model if "model" in kind.honours else None
         return dataclasses.replace(asked, workdir=session.working_dir, model=model, resume=session.backend_session_id,
-                                   sandbox_before=session.sandbox_mode), overruled
+                                   begins=session.turn_count == 0, sandbox_before=session.sandbox_mode), overruled
 
     def empty_directory(self) -> str:
         """Where the model way runs: clinvk's own, with nothing in it that a CLI could read."""

@@ -487,6 +487,27 @@ def test_a_turn_goes_on_from_what_the_one_before_it_has_left(
     assert argv[argv.index("--resume") + 1] == CLAUDES_NAME
 
 
+def test_a_conversation_of_claude_has_its_name_before_it_begins(
+        serve: Callable[..., Served], scripted: Dict[str, Any], tmp_path: Path) -> None:
+    """So that a turn that breaks off before claude has said anything is gone on with, and can be deleted."""
+    server = serve(config=scripted)
+    for turn in range(2):
+        with contextlib.closing(server.connection()) as connection:
+            body = {"backend": "claude", "prompt": "hold", **({"session_id": only(server)["id"]} if turn else {})}
+            connection.request("POST", "/api/v1/prompt", json.dumps(body), {"Content-Type": "application/json"})
+            await_told(tmp_path, turn + 1)
+            eventually(lambda: only(server)["backend_session_id"] == CLAUDES_NAME)
+        eventually(lambda: only(server)["status"] == "error")
+        transcript = tmp_path / "home" / ".claude" / "projects" / "here" / f"{CLAUDES_NAME}.jsonl"
+        transcript.parent.mkdir(parents=True, exist_ok=True)
+        transcript.touch()
+    first, second = [one["argv"] for one in told(tmp_path)]
+    assert re.fullmatch("[0-9a-f-]{36}", first[first.index("--session-id") + 1]) and "--resume" not in first
+    assert second[second.index("--resume") + 1] == CLAUDES_NAME and "--session-id" not in second
+    assert server.call("DELETE", f"/api/v1/sessions/{only(server)['id']}").status == 200
+    assert not transcript.exists()
+
+
 # ---- Runs that fail
 
 @pytest.mark.parametrize("backend, prompt, words", [
