@@ -42,8 +42,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import (Any, Callable, ClassVar, Container, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List,
-                    Mapping, NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, Tuple, Type, TypeVar, Union, cast,
-                    get_args, get_origin, get_type_hints)
+                    Mapping, NamedTuple, NoReturn, Optional, Pattern, Protocol, Sequence, Set, Tuple, Type, TypeVar,
+                    Union, cast, get_args, get_origin, get_type_hints)
 
 import bottle
 import waitress.channel
@@ -458,7 +458,7 @@ class ServerConfig:
     read_timeout_secs: float = param(30.0, above=0)
     write_timeout_secs: float = param(300.0, above=0)
     idle_timeout_secs: float = param(120.0, above=0)
-    api_keys_gopass_path: str = param("")
+    api_keys_gopass_path: str = param("", flag_value=True)
     rate_limit_enabled: bool = param(False)
     rate_limit_rps: float = param(10.0, above=0)
     rate_limit_burst: int = param(20, minimum=1)
@@ -506,8 +506,7 @@ class Config:
 
 # Settings whose effect is still to be built: a start warns of them. Keys that would not be asked for stop it.
 NOT_YET = ("server.read_timeout_secs", "server.rate_limit_enabled", "server.rate_limit_rps", "server.rate_limit_burst",
-           "server.rate_limit_cleanup_secs", "server.trusted_proxies", "server.cors_allowed_origins",
-           "server.cors_allow_credentials", "server.cors_max_age", "server.metrics_enabled", "server.spares",
+           "server.rate_limit_cleanup_secs", "server.trusted_proxies", "server.metrics_enabled", "server.spares",
            "server.spare_idle_secs", "server.spares_at_start", "server.live_conversations")
 
 # Environment variable -> the key it sets.
@@ -552,11 +551,33 @@ def load_config(path: Optional[str], environ: Mapping[str, str], flags: Mapping[
     except Invalid as error:
         raise ConfigError("; ".join(explain(p, sources.get(p.location, str(file))) for p in error.problems)) from None
     given = {name: BackendConfig() for name in BUILT_IN}
-    keys = tuple(key.strip() for key in environ.get("CLINVK_API_KEYS", "").split(",") if key.strip())
     config = dataclasses.replace(config, backends={**given, **config.backends}, home=home, here=working_directory(),
-                                 keys=keys, environ=dict(environ))
+                                 environ=dict(environ))
     refuse_contradictions(config, lambda key: sources.get(key, str(file)))
-    return config
+    return dataclasses.replace(config, keys=keys_of(config))
+
+
+def keys_of(config: Config) -> Tuple[str, ...]:
+    """The keys in the environment, else those that gopass keeps; none: the server is open. Raises ConfigError if gopass
+    was to have some, and does not tell them."""
+    path, given = config.server.api_keys_gopass_path, config.environ.get("CLINVK_API_KEYS", "")
+    if path and not words_of(given):
+        try:
+            given = subprocess.run(["gopass", "show", "--password", path], env=dict(config.environ), check=True,
+                                   stdin=subprocess.DEVNULL, capture_output=True, timeout=30, encoding="utf-8",
+                                   errors="replace").stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            said = " ".join((getattr(error, "stderr", None) or "").split())[-300:]
+            raise ConfigError(f"server.api_keys_gopass_path: `gopass show --password {path}` does not tell the keys ("
+                              f"{said or error}). Mend that, or give them in CLINVK_API_KEYS") from None
+        if not words_of(given):
+            raise ConfigError(f"server.api_keys_gopass_path: `gopass show --password {path}` tells no keys")
+    return words_of(given)
+
+
+def words_of(text: str) -> Tuple[str, ...]:
+    """What stands between commas and line ends."""
+    return tuple(word.strip() for word in re.split(r"[,\r\n]", text) if word.strip())
 
 
 def working_directory() -> str:
@@ -618,12 +639,24 @@ def refuse_contradictions(config: Config, source: Callable[[str], str]) -> None:
         for prefix in getattr(config.server, key):
             if not os.path.isabs(prefix):
                 raise ConfigError(f"{source('server.' + key)}: server.{key}: {prefix!r} must be an absolute path")
+    refuse_origins(config.server, source)
     if config.default_backend not in config.backends:
         raise ConfigError(f"{source('default_backend')}: default_backend must be one of {', '.join(config.names())}"
                           + nearest(config.default_backend, config.backends))
-    if config.server.api_keys_gopass_path:
-        raise ConfigError(f"{source('server.api_keys_gopass_path')}: server.api_keys_gopass_path can not be used in "
-                          f"clinvk {__version__} yet; give the keys in CLINVK_API_KEYS")
+
+
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d+|:\*)?", re.IGNORECASE)
+
+
+def refuse_origins(server: ServerConfig, source: Callable[[str], str]) -> None:
+    for origin in server.cors_allowed_origins:
+        if not ORIGIN.fullmatch(origin):
+            raise ConfigError(f"{source('server.cors_allowed_origins')}: server.cors_allowed_origins: {origin!r} must "
+                              "be a scheme, a host and perhaps a port, such as https://app.example or "
+                              'http://localhost:*, or "*"')
+        if origin == "*" and server.cors_allow_credentials:
+            raise ConfigError(f"{source('server.cors_allow_credentials')}: server.cors_allow_credentials can not be "
+                              'true together with the origin "*": name the origins')
 
 
 def without_effect(config: Config) -> List[str]:
@@ -4522,20 +4555,64 @@ def host_name(host: str) -> str:
 
 
 def check_origin(config: Config, head: Head) -> None:
-    """Only the server's own pages and desktop apps may call from a browser engine."""
-    origin = head.get("Origin")
-    scheme, separator, host = origin.lower().partition("://")
-    if "HTTP_ORIGIN" not in head.environ or (separator and scheme in APP_SCHEMES):
-        return
-    if scheme not in ("http", "https") or host != head.get("Host").lower():
-        raise Forbidden(f'the Origin "{origin}" is not allowed: a web page must not drive the CLIs')
+    """Only the server's own pages, desktop apps and what the config allows may call from a browser engine."""
+    if "HTTP_ORIGIN" in head.environ and not allows_origin(config, head):
+        origin = head.get("Origin")
+        raise Forbidden(f'the Origin "{origin}" is not allowed: a web page must not drive the CLIs. If this one may, '
+                        f'set server.cors_allowed_origins: ["{origin}"]')
 
 
-APP_SCHEMES = ("app", "tauri", "vscode-webview", "vscode-file")
+APP_SCHEMES = ("app", "tauri", "vscode-webview", "vscode-file")  # no web page can have them
+
+
+def allows_origin(config: Config, head: Head) -> bool:
+    origin = head.get("Origin").lower()
+    scheme, separator, host = origin.partition("://")
+    if separator and (scheme in APP_SCHEMES or (scheme in ("http", "https") and host == head.get("Host").lower())):
+        return True
+    return any(origin_pattern(allowed).fullmatch(origin) for allowed in config.server.cors_allowed_origins)
+
+
+def origin_pattern(allowed: str) -> Pattern[str]:
+    """`*` is any origin, and as a port any port."""
+    return re.compile(".*" if allowed == "*" else re.escape(allowed.lower()).replace(":\\*", r"(:\d+)?"))
+
+
+def cors_headers(config: Config, head: Head) -> Dict[str, str]:
+    """What lets a page of an allowed origin read an answer, errors included."""
+    if not head.get("Origin") or not allows_origin(config, head):
+        return {"Vary": "Origin"}
+    credentials = {"Access-Control-Allow-Credentials": "true"} if config.server.cors_allow_credentials else {}
+    return {"Vary": "Origin", "Access-Control-Allow-Origin": head.get("Origin"),
+            "Access-Control-Expose-Headers": EXPOSED_HEADERS, **credentials}
+
+
+EXPOSED_HEADERS = ("X-Request-Id, request-id, X-Clinvk-Backend, X-Clinvk-Ignored, X-Clinvk-Estimate, Retry-After, "
+                   "x-should-retry")
+ALLOWED_HEADERS = ("accept", "authorization", "content-type", "x-api-key", "x-request-id")
+ALLOWED_PREFIXES = ("anthropic-", "x-stainless-", "openai-")
+
+
+def is_preflight(head: Head) -> bool:
+    """A browser asks whether a page may send a request. It sends no key with that."""
+    return head.method == "OPTIONS" and {"HTTP_ORIGIN", "HTTP_ACCESS_CONTROL_REQUEST_METHOD"} <= set(head.environ)
+
+
+def preflight_headers(config: Config, head: Head) -> Dict[str, str]:
+    """What a page of an allowed origin may send."""
+    asked = [name.strip() for name in head.get("Access-Control-Request-Headers").split(",")]
+    allowed = [name for name in asked if re.fullmatch(r"[\w-]+", name, re.ASCII)
+               and (name.lower() in ALLOWED_HEADERS or name.lower().startswith(ALLOWED_PREFIXES))]
+    headers = {"Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
+               "Access-Control-Allow-Headers": ", ".join(allowed),
+               "Access-Control-Max-Age": str(config.server.cors_max_age)}
+    if head.get("Access-Control-Request-Private-Network"):
+        headers["Access-Control-Allow-Private-Network"] = "true"
+    return headers
 
 
 def check_key(config: Config, head: Head) -> None:
-    if not config.keys or head.path in OPEN_PATHS:
+    if not config.keys or head.path in OPEN_PATHS or is_preflight(head):
         return
     scheme, _, token = head.get("Authorization").partition(" ")
     sent = (head.get("X-Api-Key"), token.strip() if scheme.lower() == "bearer" else "")
@@ -4621,6 +4698,7 @@ class Server:
     LOOKED_UP = 30.0  # seconds for which a PATH look-up holds
     VERSION_SECS = 30.0  # for a CLI to say its version
     FORGET_SECS = 20.0  # for a CLI to delete a conversation
+    KEYS_SECS = 300.0
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -4758,6 +4836,14 @@ class Server:
                 self.versions[name] = kind_of(name).version_of(name, self.program(name) or [], self.config, asking)
             except ClinvkError as error:
                 LOG.warning("the version of %s is not known: %s", name, error)
+
+    def renew_keys(self) -> None:
+        """Read the keys of gopass again, every KEYS_SECS; a thread of its own calls this."""
+        while self.config.server.api_keys_gopass_path and not self.closing.wait(self.KEYS_SECS):
+            try:
+                self.config = dataclasses.replace(self.config, keys=keys_of(self.config))
+            except ConfigError as error:
+                LOG.warning("the API keys stay as they were: %s", error)
 
     def forget(self, session: Session) -> str:
         """Delete what the CLI of a session has stored of it, as far as there is a way; why that failed, or ""."""
@@ -5255,7 +5341,8 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
         environ[STOP] = Stop(environ.get("waitress.client_disconnected", lambda: False), server.closing)
         environ[WRITE_TIMEOUT] = server.config.server.write_timeout_secs
         answer = answer_or_error(server, router, head, request_id)
-        answer.headers.update({"X-Request-Id": request_id, "request-id": request_id})
+        answer.headers.update({"X-Request-Id": request_id, "request-id": request_id,
+                               **cors_headers(server.config, head)})
         start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", list(answer.headers.items()))
         if head.method == "HEAD":
             answer.body = []
@@ -5307,6 +5394,8 @@ def answer_or_error(server: Server, router: bottle.Router, head: Head, request_i
 def answered(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
     for guard in GUARDS:
         guard(server.config, head)
+    if is_preflight(head):
+        return Answer((), 204, headers=preflight_headers(server.config, head))
     path = head.path
     if re.match("/v1/models(/|$)", path):
         path = ("/anthropic" if head.get("anthropic-version") else "/openai") + path
@@ -5413,7 +5502,8 @@ class RefusedByWaitress(waitress.task.ErrorTask):
         self.status = f"{status} {http.HTTPStatus(status).phrase}"
         data = to_json(body)
         self.response_headers += [("Content-Type", content_type), ("X-Request-Id", request_id),
-                                  ("request-id", request_id), ("Content-Length", str(len(data)))]
+                                  ("request-id", request_id), ("Content-Length", str(len(data))),
+                                  *cors_headers(self.channel.server.clinvk.config, head).items()]
         self.set_close_on_finish()
         self.content_length = len(data)
         self.write(data)
@@ -5453,7 +5543,7 @@ def listen(server: Server) -> Any:
         outbuf_high_watermark=2**20,  # waitress 3.0.2 keeps as much of what it has sent, too, per connection
         channel_timeout=math.ceil(settings.idle_timeout_secs), cleanup_interval=1, clear_untrusted_proxy_headers=True)
     for each in sockets.values():
-        each.channel_class = Channel
+        each.channel_class, each.clinvk = Channel, server
     return listening
 
 
@@ -5533,7 +5623,7 @@ def run_server(server: Server, listening: Any) -> int:
         signal.signal(number, functools.partial(stop_serving, server))
     try:
         announce(server.config, listening)
-        for chore in (server.look_up_versions, server.expire_sessions):
+        for chore in (server.look_up_versions, server.expire_sessions, server.renew_keys):
             threading.Thread(target=chore, name=chore.__name__, daemon=True).start()
         listening.run()  # until SystemExit; it returns once its threads have ended, or after 5 s
     except SystemExit:  # it came before that

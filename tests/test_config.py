@@ -1,9 +1,12 @@
 """load_config: where each setting comes from, and the one line that refuses a bad one (SPEC 6)."""
 
 import dataclasses
+import json
 import re
+import threading
+import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytest
 from conftest import REPO, eventually
@@ -294,8 +297,62 @@ def test_every_setting_without_effect_yet_is_one_of_the_config() -> None:
     assert clinvk.without_effect(clinvk.Config()) == []
 
 
-def test_keys_of_gopass_do_not_leave_the_server_open_without_a_word(refusal: Refusal) -> None:
-    assert refusal(CLINVK_API_KEYS_GOPASS_PATH="a/b").startswith("CLINVK_API_KEYS_GOPASS_PATH: ")
+@pytest.fixture
+def gopass(fake_cli: Callable[..., str], tmp_path: Path) -> Callable[[str], Dict[str, str]]:
+    """`gopass(script)`: an environment in which a script is what `gopass` runs; {} takes gopass away."""
+    def make(script: str) -> Dict[str, str]:
+        program = Path(fake_cli(f"assert sys.argv[1:] == ['show', '--password', 'a/b'], sys.argv\n{script}", "gopass"))
+        return {"PATH": str(program.parent), "CLINVK_API_KEYS_GOPASS_PATH": "a/b", "HOME": str(tmp_path)}
+    return make
+
+
+@pytest.mark.parametrize("told, keys", [
+    ("one", ("one",)), ("one,two\n", ("one", "two")), ("one\r\n two ,", ("one", "two"))])
+def test_keys_come_from_gopass(gopass: Callable[[str], Dict[str, str]], told: str, keys: Tuple[str, ...]) -> None:
+    around = gopass(f"sys.stdout.write({told!r})")
+    assert clinvk.load_config(None, around, {}).keys == keys
+    assert clinvk.load_config(None, {**around, "CLINVK_API_KEYS": "mine"}, {}).keys == ("mine",)
+
+
+@pytest.mark.parametrize("script, words", [
+    ("sys.exit('no such entry')", "no such entry"), ("print()", "tells no keys"), ("print(',')", "tells no keys")])
+def test_without_the_keys_of_gopass_nothing_is_open(gopass: Callable[[str], Dict[str, str]], script: str,
+                                                    words: str) -> None:
+    with pytest.raises(clinvk.ConfigError, match=words):
+        clinvk.load_config(None, gopass(script), {})
+
+
+def test_a_gopass_that_is_not_there_stops_the_start(refusal: Refusal, tmp_path: Path) -> None:
+    told = refusal(CLINVK_API_KEYS_GOPASS_PATH="a/b", PATH=str(tmp_path))
+    assert "gopass show --password a/b" in told and "CLINVK_API_KEYS" in told
+
+
+def test_keys_are_read_again_and_stay_if_that_fails(gopass: Callable[[str], Dict[str, str]], tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "told"
+    told.write_text("one")
+    around = gopass(f"sys.stdout.write(open({str(told)!r}).read())")
+    monkeypatch.setattr(clinvk.Server, "KEYS_SECS", 0.05)
+    server = clinvk.Server(clinvk.load_config(None, around, {}))
+    renewing = threading.Thread(target=server.renew_keys)
+    renewing.start()
+    told.write_text("two")
+    eventually(lambda: server.config.keys == ("two",))
+    told.unlink()
+    time.sleep(0.5)
+    assert server.config.keys == ("two",)
+    server.close()
+    renewing.join()
+
+
+@pytest.mark.parametrize("origins, credentials, told", [
+    (["localhost:3000"], False, "must be a scheme"), (["http://a/"], False, "must be a scheme"),
+    (["null"], False, "must be a scheme"), (["https://*.a.example"], False, "must be a scheme"),
+    (["*"], True, "together with the origin")])
+def test_origins_that_mean_nothing_or_too_much_stop_the_start(refusal: Refusal, origins: List[str], credentials: bool,
+                                                              told: str) -> None:
+    server = {"cors_allowed_origins": origins, "cors_allow_credentials": credentials}
+    assert told in refusal(json.dumps({"server": server}))
 
 
 @pytest.mark.parametrize("text, told", [

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 import pytest
-from conftest import Client, Reply
+from conftest import Client, Reply, Served
 
 import clinvk
 
@@ -113,6 +113,72 @@ def test_nothing_has_run_when_a_page_is_refused(make_client: MakeClient, fake_cl
         assert client.call("POST", "/api/v1/prompt", body, **refused).status in (403, 415)
     assert not (tmp_path / "ran").exists()
     assert client.call("POST", "/api/v1/prompt", body).status == 200 and (tmp_path / "ran").exists()
+
+
+# ---- CORS
+
+@pytest.mark.parametrize("allowed, origin, status", [
+    (["https://app.example"], "https://app.example", 200), (["https://App.example"], "https://app.EXAMPLE", 200),
+    (["https://app.example"], "http://app.example", 403), (["https://app.example"], "https://app.example:444", 403),
+    (["http://localhost:*"], "http://localhost:3000", 200), (["http://localhost:*"], "http://localhost", 200),
+    (["http://localhost:*"], "http://localhost:3000.evil.example", 403),
+    (["http://localhost:*"], "http://evil.example/localhost:3000", 403), (["http://a.b"], "http://aXb", 403),
+    (["http://x", "http://[::1]:5173"], "http://[::1]:5173", 200), (["*"], "https://any.example", 200)])
+@each_api
+def test_an_allowed_origin_may_call_and_read(make_client: MakeClient, path: str, allowed: List[str], origin: str,
+                                             status: int) -> None:
+    client = make_client({"server": {"cors_allowed_origins": allowed}})
+    reply = client.call("POST", path, BODIES[path], Origin=origin)
+    assert reply.status == status and reply.headers["vary"] == "Origin"
+    assert reply.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
+    assert ("x-clinvk-backend" in reply.headers.get("access-control-expose-headers", "").lower()) == (status == 200)
+    assert "access-control-allow-credentials" not in reply.headers
+
+
+@each_api
+def test_an_error_can_be_read_by_an_allowed_origin(make_client: MakeClient, path: str) -> None:
+    client = make_client({"server": {"cors_allowed_origins": ["https://a.example"], "cors_allow_credentials": True}})
+    reply = client.call("POST", path, {}, Origin="https://a.example")
+    assert reply.status in (400, 422) and reply.headers["access-control-allow-origin"] == "https://a.example"
+    assert reply.headers["access-control-allow-credentials"] == "true"
+
+
+def test_a_refused_origin_is_told_the_line_to_add(client: Client) -> None:
+    reply = client.call("GET", "/health", Origin="http://localhost:3000")
+    assert 'server.cors_allowed_origins: ["http://localhost:3000"]' in reply.json["detail"]
+
+
+ASKED = "Content-Type, x-api-key, X-Stainless-Os, anthropic-version, openai-beta, Authorization, X-Evil, accept"
+
+
+@pytest.mark.parametrize("origin", ["https://a.example", "app://obsidian.md", "http://localhost:8080"])
+def test_a_preflight_is_answered_without_a_key(make_client: MakeClient, origin: str) -> None:
+    client = make_client({"server": {"cors_allowed_origins": ["https://a.example"], "cors_max_age": 7}},
+                         CLINVK_API_KEYS="k")
+    reply = client.call("OPTIONS", "/v1/messages", Origin=origin, Access_Control_Request_Method="POST",
+                        Access_Control_Request_Headers=ASKED, Access_Control_Request_Private_Network="true")
+    assert (reply.status, reply.body) == (204, b"")
+    told = {name.rpartition("access-control-")[2]: text for name, text in reply.headers.items()}
+    assert (told["allow-origin"], told["max-age"], told["allow-private-network"]) == (origin, "7", "true")
+    assert {"POST", "DELETE"} <= set(told["allow-methods"].split(", "))
+    assert told["allow-headers"] == ASKED.replace("X-Evil, ", "")
+
+
+@pytest.mark.parametrize("method, headers, status", [
+    ("OPTIONS", {"Origin": "https://evil.example", "Access_Control_Request_Method": "POST"}, 403),
+    ("OPTIONS", {"Access_Control_Request_Method": "POST"}, 401),  # no browser asks so
+    ("OPTIONS", {"Origin": "http://localhost:8080", "X_Api_Key": "k"}, 405),
+    ("POST", {"Origin": "http://localhost:8080", "Access_Control_Request_Method": "POST"}, 401)])
+def test_what_is_no_preflight_of_an_allowed_origin_needs_all_the_rest(make_client: MakeClient, method: str,
+                                                                      headers: Dict[str, str], status: int) -> None:
+    client = make_client(CLINVK_API_KEYS="k")
+    assert client.call(method, "/api/v1/prompt", BODIES["/api/v1/prompt"], **headers).status == status
+
+
+def test_what_waitress_refuses_can_be_read_too(serve: Callable[..., Served]) -> None:
+    server = serve(config={"server": {"max_request_body_bytes": 10, "cors_allowed_origins": ["https://a.example"]}})
+    reply = server.call("POST", "/api/v1/prompt", b"x" * 100, Origin="https://a.example")
+    assert (reply.status, reply.headers["access-control-allow-origin"]) == (413, "https://a.example")
 
 
 # ---- Keys
