@@ -169,7 +169,7 @@ class Unauthorized(ClinvkError):
 
 
 class RateLimited(ClinvkError):
-    """The CLI's provider said 429, or its usage limit is reached."""
+    """Too many requests; or the CLI's provider said 429, or its usage limit is reached."""
     status, openai, anthropic = 429, ("rate_limit_error", "rate_limit_exceeded"), "rate_limit_error"
 
 
@@ -505,9 +505,8 @@ class Config:
 
 
 # Settings whose effect is still to be built: a start warns of them. Keys that would not be asked for stop it.
-NOT_YET = ("server.read_timeout_secs", "server.rate_limit_enabled", "server.rate_limit_rps", "server.rate_limit_burst",
-           "server.rate_limit_cleanup_secs", "server.trusted_proxies", "server.metrics_enabled", "server.spares",
-           "server.spare_idle_secs", "server.spares_at_start", "server.live_conversations")
+NOT_YET = ("server.read_timeout_secs", "server.metrics_enabled", "server.spares", "server.spare_idle_secs",
+           "server.spares_at_start", "server.live_conversations")
 
 # Environment variable -> the key it sets.
 VARIABLES = {
@@ -640,6 +639,12 @@ def refuse_contradictions(config: Config, source: Callable[[str], str]) -> None:
             if not os.path.isabs(prefix):
                 raise ConfigError(f"{source('server.' + key)}: server.{key}: {prefix!r} must be an absolute path")
     refuse_origins(config.server, source)
+    for network in config.server.trusted_proxies:
+        try:
+            ipaddress.ip_network(network, strict=False)
+        except ValueError:
+            raise ConfigError(f"{source('server.trusted_proxies')}: server.trusted_proxies: {network!r} must be an "
+                              "address, or a network such as 10.0.0.0/8") from None
     if config.default_backend not in config.backends:
         raise ConfigError(f"{source('default_backend')}: default_backend must be one of {', '.join(config.names())}"
                           + nearest(config.default_backend, config.backends))
@@ -4633,6 +4638,71 @@ def check_type(config: Config, head: Head) -> None:
 
 GUARDS: Tuple[Callable[[Config, Head], None], ...] = (check_host, check_origin, check_key, check_type)
 
+
+class RateLimit:
+    """A bucket of tokens per client address: a request takes one, `rate_limit_rps` flow back in each second, up to
+    `rate_limit_burst`. The addresses that were seen least recently are forgotten first."""
+    MOST = 10_000  # addresses
+
+    def __init__(self) -> None:
+        self.buckets: collections.OrderedDict[str, Tuple[float, float]] = collections.OrderedDict()  # tokens, and when
+        self.lock = threading.Lock()  # guards buckets
+
+    def check(self, config: Config, head: Head) -> None:
+        """Raises RateLimited."""
+        limits, address, now = config.server, client_address(config, head), time.monotonic()
+        if not limits.rate_limit_enabled:
+            return
+        full = float(limits.rate_limit_burst)
+        with self.lock:
+            tokens, seen = self.buckets.pop(address, (full, now))
+            tokens = min(full, tokens + (now - seen) * limits.rate_limit_rps)
+            self.buckets[address] = (tokens - 1 if tokens >= 1 else tokens), now
+            self.forget(now - max(limits.rate_limit_cleanup_secs, full / limits.rate_limit_rps))
+        if tokens < 1:
+            error = RateLimited(f"too many requests from {address}: {limits.rate_limit_rps:g} a second are allowed "
+                                "(server.rate_limit_rps). Try again later")
+            error.retry_after = (1 - tokens) / limits.rate_limit_rps
+            raise error
+
+    def forget(self, before: float) -> None:
+        """Those that have been full again for long, and those that are too many."""
+        while self.buckets:
+            address, (_, seen) = next(iter(self.buckets.items()))
+            if seen >= before and len(self.buckets) <= self.MOST:
+                return
+            del self.buckets[address]
+
+
+def client_address(config: Config, head: Head) -> str:
+    """Who sent a request: a proxy that is trusted may say for whom; of a list, the last that is no trusted proxy."""
+    remote, trusted = str(head.environ.get("REMOTE_ADDR", "")), config.server.trusted_proxies
+    if not in_networks(remote, trusted):
+        return remote
+    forwarded = [item.strip() for item in head.get("X-Forwarded-For").split(",") if item.strip()]
+    for address in [*reversed(forwarded), head.get("X-Real-IP").strip()]:
+        if is_address(address) and not in_networks(address, trusted):
+            return address
+    return remote
+
+
+def is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def in_networks(address: str, networks: Iterable[str]) -> bool:
+    """Whether an address is one of them, or in one: each is an address or CIDR."""
+    if not is_address(address):
+        return False
+    found = ipaddress.ip_address(address)
+    plain = getattr(found, "ipv4_mapped", None) or found
+    return any(plain in ipaddress.ip_network(network, strict=False) for network in networks)
+
+
 BLOCKED_PREFIXES = ("/etc", "/var/run", "/var/lock", "/root", "/sys", "/proc", "/dev", "/usr/bin", "/usr/sbin", "/bin",
                     "/sbin", "/boot", "/lib", "/lib64", "/usr/lib", "/usr/lib64")
 
@@ -4709,6 +4779,7 @@ class Server:
         self.programs: Dict[str, Tuple[float, Optional[List[str]]]] = {}  # backend -> when looked up, what was found
         self.versions = {name: __version__ for name in config.backends if issubclass(kind_of(name), InProcess)}
         self.store = Store(config)
+        self.rate_limit = RateLimit()
         self.forgetting = threading.Lock()  # one CLI at a time is told to
 
     def bound(self, port: int) -> None:
@@ -5346,7 +5417,8 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
         start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", list(answer.headers.items()))
         if head.method == "HEAD":
             answer.body = []
-        return Sent(answer, lambda: log_request(head, answer, request_id, time.monotonic() - began))
+        client = client_address(server.config, head)
+        return Sent(answer, lambda: log_request(client, head, answer, request_id, time.monotonic() - began))
     return app
 
 
@@ -5392,6 +5464,7 @@ def answer_or_error(server: Server, router: bottle.Router, head: Head, request_i
 
 
 def answered(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
+    server.rate_limit.check(server.config, head)
     for guard in GUARDS:
         guard(server.config, head)
     if is_preflight(head):
@@ -5460,9 +5533,9 @@ def too_large(limit: int) -> str:
     return f"the body is larger than {limit} bytes; send less, or raise server.max_request_body_bytes"
 
 
-def log_request(head: Head, answer: Answer, request_id: str, seconds: float) -> None:
+def log_request(client: str, head: Head, answer: Answer, request_id: str, seconds: float) -> None:
     """One line; never a prompt, an answer or a key."""
-    LOG.info("%s %s %s %d %.0f ms %s", head.environ.get("REMOTE_ADDR", "-"), head.method,
+    LOG.info("%s %s %s %d %.0f ms %s", client or "-", head.method,
              head.path.encode("unicode_escape").decode(), answer.status, 1000 * seconds, request_id)
 
 
@@ -5541,7 +5614,8 @@ def listen(server: Server) -> Any:
         channel_request_lookahead=1, connection_limit=1000, asyncore_use_poll=hasattr(select, "poll"),
         max_request_body_size=limit,
         outbuf_high_watermark=2**20,  # waitress 3.0.2 keeps as much of what it has sent, too, per connection
-        channel_timeout=math.ceil(settings.idle_timeout_secs), cleanup_interval=1, clear_untrusted_proxy_headers=True)
+        channel_timeout=math.ceil(settings.idle_timeout_secs), cleanup_interval=1,
+        clear_untrusted_proxy_headers=False)  # `client_address` knows whom to trust
     for each in sockets.values():
         each.channel_class, each.clinvk = Channel, server
     return listening

@@ -1,12 +1,13 @@
 """Who may come in: Host, Origin, keys, content type; working directories and flags (SPEC 7)."""
 
 import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 import pytest
-from conftest import Client, Reply, Served
+from conftest import Client, Reply, Served, eventually
 
 import clinvk
 
@@ -179,6 +180,62 @@ def test_what_waitress_refuses_can_be_read_too(serve: Callable[..., Served]) -> 
     server = serve(config={"server": {"max_request_body_bytes": 10, "cors_allowed_origins": ["https://a.example"]}})
     reply = server.call("POST", "/api/v1/prompt", b"x" * 100, Origin="https://a.example")
     assert (reply.status, reply.headers["access-control-allow-origin"]) == (413, "https://a.example")
+
+
+# ---- Rate limit
+
+LIMITED = {"rate_limit_enabled": True, "rate_limit_rps": 0.001, "rate_limit_burst": 2}
+
+
+@each_api
+def test_who_asks_too_often_is_told_when_to_ask_again(make_client: MakeClient, path: str) -> None:
+    client = make_client({"server": {**LIMITED, "rate_limit_rps": 0.1}})
+    replies = [client.call("POST", path, BODIES[path]) for _ in range(3)]
+    assert [reply.status for reply in replies] == [200, 200, 429]
+    assert 1 <= int(replies[-1].headers["retry-after"]) <= 10
+    assert "too many requests" in json.dumps(replies[-1].json)
+
+
+def test_the_limit_comes_before_the_key_and_covers_every_path(make_client: MakeClient) -> None:
+    client = make_client({"server": LIMITED}, CLINVK_API_KEYS="k")
+    paths = ("/api/v1/backends", "/nothing", "/health", "/")
+    assert [client.call("GET", path).status for path in paths] == [401, 401, 429, 429]
+
+
+def test_tokens_flow_back(make_client: MakeClient) -> None:
+    client = make_client({"server": {**LIMITED, "rate_limit_rps": 20, "rate_limit_burst": 1}})
+    assert client.call("GET", "/health").status == 200
+    eventually(lambda: client.call("GET", "/health").status == 200)
+
+
+@pytest.mark.parametrize("trusted, forwarded, real, address", [
+    ([], "1.1.1.1", "", "127.0.0.1"), (["127.0.0.1"], "1.1.1.1", "", "1.1.1.1"),
+    (["127.0.0.0/8"], "", "2.2.2.2", "2.2.2.2"), (["127.0.0.1"], "6.6.6.6, 1.1.1.1", "", "1.1.1.1"),
+    (["127.0.0.1", "10.0.0.0/8"], "1.1.1.1, 10.1.2.3", "", "1.1.1.1"), (["127.0.0.1"], "x, y", "z", "127.0.0.1"),
+    (["127.0.0.1"], "", "", "127.0.0.1"), (["10.0.0.1"], "1.1.1.1", "", "127.0.0.1"),
+    (["127.0.0.1"], "::1", "", "::1")])
+def test_only_a_trusted_proxy_says_who_asks(make_client: MakeClient, trusted: List[str], forwarded: str, real: str,
+                                            address: str) -> None:
+    config = make_client({"server": {"trusted_proxies": trusted}}).server.config
+    head = clinvk.Head({"REQUEST_METHOD": "GET", "REMOTE_ADDR": "127.0.0.1", "HTTP_X_FORWARDED_FOR": forwarded,
+                        "HTTP_X_REAL_IP": real})
+    assert clinvk.client_address(config, head) == address
+
+
+def test_each_address_has_its_own_bucket_through_a_proxy(serve: Callable[..., Served]) -> None:
+    server = serve(config={"server": {**LIMITED, "rate_limit_burst": 1, "trusted_proxies": ["127.0.0.1"]}})
+    asked = [server.call("GET", "/api/v1/backends", X_Forwarded_For=f"1.1.1.{last}").status for last in (1, 2, 1)]
+    assert asked == [200, 200, 429]
+
+
+def test_no_more_addresses_are_remembered_than_there_may_be(make_client: MakeClient) -> None:
+    client = make_client({"server": {**LIMITED, "rate_limit_burst": 1, "trusted_proxies": ["127.0.0.1"]}})
+    limit, config = client.server.rate_limit, client.server.config
+    for number in range(limit.MOST + 10):
+        address = f"10.{number >> 8}.{number & 255}.1"
+        head = clinvk.Head({"REQUEST_METHOD": "GET", "REMOTE_ADDR": "127.0.0.1", "HTTP_X_REAL_IP": address})
+        limit.check(config, head)
+    assert len(limit.buckets) == limit.MOST and "10.0.0.1" not in limit.buckets
 
 
 # ---- Keys
