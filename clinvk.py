@@ -504,7 +504,7 @@ class Config:
         return [*BUILT_IN[:-1], *extra, BUILT_IN[-1]]
 
 
-# Settings whose effect is still to be built: a start warns of them. Keys that would not be asked for stop it.
+# Settings whose effect is still to be built: a start warns of them.
 NOT_YET = ("server.read_timeout_secs", "server.metrics_enabled", "server.spares", "server.spare_idle_secs",
            "server.spares_at_start", "server.live_conversations")
 
@@ -702,7 +702,7 @@ class PromptRequest:
     isolated: bool = internal(False)  # the model way (SPEC 2.0): a chat, without the agent's tools and files
     keeps: bool = internal(False)  # the CLI stores the conversation
     resume: str = internal("")  # the CLI's own name for the conversation to go on with
-    begins: bool = internal(False)  # no turn of it has come to its end yet
+    begins: bool = internal(False)  # the CLI has not said yet that it is there
     sandbox_before: str = internal("")  # the last sandbox_mode that a turn of it has named
     same_system_prompt: bool = internal(False)  # system_prompt is what that conversation began with
     stops: Tuple[str, ...] = internal(())  # the run ends where one of these comes in its text
@@ -1405,6 +1405,7 @@ class Backend:
     remembers: ClassVar[bool] = True  # whether it can go on with a conversation
     stores_at_exit: ClassVar[bool] = False  # whether a conversation is whole, and free for another process, only then
     noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
+    USER_HOME: ClassVar[Tuple[str, str]] = ("", "")  # what variable names the CLI's own home; else where in HOME it is
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         self.name, self.program, self.config, self.cli_version = name, program, config, cli_version
@@ -1415,6 +1416,12 @@ class Backend:
     def new_conversation() -> str:
         """A name for one, if the CLI lets us choose it."""
         return ""
+
+    def user_home(self) -> Path:
+        """The CLI's own home, as the CLI itself finds it."""
+        variable, directory = self.USER_HOME
+        environ = child_environ(self.config, self.name)
+        return Path(environ.get(variable) or Path(environ.get("HOME") or Path.home()) / directory)
 
     @classmethod
     def find(cls, name: str, config: Config) -> Optional[List[str]]:
@@ -1726,6 +1733,7 @@ class Claude(JsonLines):
                          "allowed_tools", "effort", "thinking_tokens"})
     extra_flags = {"--effort": True, "--max-budget-usd": True, "--disallowedTools": True, "--disallowed-tools": True,
                    "--betas": True, "--exclude-dynamic-system-prompt-sections": False}
+    USER_HOME = ("CLAUDE_CONFIG_DIR", ".claude")
     noise = r"^\[claude-code:|no stdin data received"
     LINE = ("-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose",
             "--include-partial-messages", "--permission-prompt-tool", "stdio")
@@ -1767,10 +1775,6 @@ class Claude(JsonLines):
     @staticmethod
     def new_conversation() -> str:
         return str(uuid.uuid4())
-
-    def user_home(self) -> Path:
-        environ = child_environ(self.config, self.name)
-        return Path(environ.get("CLAUDE_CONFIG_DIR") or Path(environ.get("HOME") or Path.home()) / ".claude")
 
     def transcripts(self, session_id: str) -> List[Path]:
         """Where claude has stored a conversation; none, or one."""
@@ -2073,6 +2077,7 @@ class Codex(JsonRpc):
     The model way has a CODEX_HOME of clinvk's own, for AGENTS.md in the user's can not be switched off: its config.toml
     is ISOLATED and the user's KEPT keys, its auth.json a link to the user's."""
     honours = frozenset({"model", "approval_mode", "sandbox_mode", "system_prompt", "effort"})
+    USER_HOME = ("CODEX_HOME", ".codex")
     noise = r"WARNING: proceeding|could not (create|update) PATH|Reading prompt from stdin|could not find bubblewrap"
     stores_at_exit = True
     SANDBOX = {"read-only": "read-only", "workspace": "workspace-write", "full": "danger-full-access"}
@@ -2116,9 +2121,10 @@ class Codex(JsonRpc):
             return f"has {len(request.prompt)} characters; codex takes {self.LONGEST} at most"
         return super().refuses(request)
 
-    def user_home(self) -> Path:
-        environ = child_environ(self.config, self.name)
-        return Path(environ.get("CODEX_HOME") or Path(environ.get("HOME") or Path.home()) / ".codex")
+    def ignored(self, request: Settled) -> List[str]:
+        """A thread keeps the instructions that it began with."""
+        another = request.resume and request.system_prompt and not request.same_system_prompt
+        return super().ignored(request) + (["system_prompt"] if another else [])
 
     def prepare(self, request: Settled, output_of: OutputOf) -> None:
         """Bring clinvk's own CODEX_HOME up to date with the user's, which codex itself reads to us when it changed."""
@@ -2195,11 +2201,6 @@ class Codex(JsonRpc):
             self.call(mouth, "thread/resume", {**of_before, **self.thread(request)}, then)
         else:
             self.call(mouth, "thread/start", {"ephemeral": not request.keeps, **self.thread(request)}, then)
-
-    def ignored(self, request: Settled) -> List[str]:
-        """A thread keeps the instructions that it began with."""
-        another = request.resume and request.system_prompt and not request.same_system_prompt
-        return super().ignored(request) + (["system_prompt"] if another else [])
 
     def thread(self, request: Settled) -> Json:
         """How a thread is to run. `untrusted` is the approval policy that asks; what it asks is declined."""
@@ -2395,6 +2396,7 @@ class Gemini(JsonRpc):
     Nothing but `initialize` is said before that is answered: without a login gemini takes lines for a login code."""
     honours = frozenset({"model", "approval_mode", "sandbox_mode", "max_tokens", "system_prompt"})
     extra_flags = {"--debug": False, "-d": False}
+    USER_HOME = ("GEMINI_CLI_HOME", "")
     noise = r"256-color|\[STARTUP\]|Ripgrep is not available|YOLO mode|Loaded cached credentials"
     version_field: ClassVar[Json] = {"jsonrpc": "2.0"}
     PERMISSION = {"default": "default", "auto": "autoEdit", "none": "yolo", "always": "default"}
@@ -2444,10 +2446,6 @@ class Gemini(JsonRpc):
         if request.isolated or not request.system_prompt or said_before:
             return request.prompt
         return f"{request.system_prompt}\n\n{request.prompt}"
-
-    def user_home(self) -> Path:
-        environ = child_environ(self.config, self.name)
-        return Path(environ.get("GEMINI_CLI_HOME") or environ.get("HOME") or Path.home())
 
     def command(self, request: Settled) -> Command:
         users = read_json_with_comments(self.user_home() / ".gemini" / "settings.json")
@@ -3514,12 +3512,13 @@ class Session:
     token_usage: Dict[str, int] = dataclasses.field(default_factory=dict)  # of all turns; empty: nothing was told
     backend_session_id: str = ""  # what the CLI calls it
     error_message: str = ""
+    has_begun: bool = False  # the CLI has said that the conversation is there
     sandbox_mode: str = ""  # the last one that a turn named
     turn: str = ""  # the one that is running: the name of its server's Lease, a colon, and its own
 
     def begun(self, init: Init) -> Session:
         """Now that its CLI has said what it calls it."""
-        return dataclasses.replace(self, model=self.model or init.model,
+        return dataclasses.replace(self, model=self.model or init.model, has_begun=True,
                                    backend_session_id=init.backend_session_id or self.backend_session_id)
 
     def ended(self, usage: Optional[Usage], *, failed: bool) -> Session:
@@ -3594,8 +3593,8 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = ((
            id TEXT PRIMARY KEY, backend TEXT NOT NULL, created_at REAL NOT NULL, last_used REAL NOT NULL,
            working_dir TEXT NOT NULL, model TEXT NOT NULL, title TEXT NOT NULL, tags TEXT NOT NULL,
            metadata TEXT NOT NULL, status TEXT NOT NULL, turn_count INTEGER NOT NULL, token_usage TEXT NOT NULL,
-           backend_session_id TEXT NOT NULL, error_message TEXT NOT NULL, sandbox_mode TEXT NOT NULL,
-           turn TEXT NOT NULL)""",
+           backend_session_id TEXT NOT NULL, error_message TEXT NOT NULL, has_begun INTEGER NOT NULL,
+           sandbox_mode TEXT NOT NULL, turn TEXT NOT NULL)""",
     "CREATE INDEX by_use ON sessions (last_used)",
     "CREATE INDEX by_backend ON sessions (backend, last_used)",
     "CREATE INDEX by_status ON sessions (status, last_used)",
@@ -3776,12 +3775,14 @@ STOPPED = "server stopped during the run"
 GIVEN_UP = "the request was given up before its answer was complete"
 
 
+PROMPTS = ("system_prompt", "initial_prompt")  # of a session: in a table of their own
+
+
 class Store:
     """Every session. A method may be called from any thread; when it returns, what it changed is committed.
 
     All of them raise StoreUnavailable if the database can not be used."""
-    PROMPTS = ("system_prompt", "initial_prompt")  # in a table of their own
-    COLUMNS = tuple(f.name for f in dataclasses.fields(Session) if f.name not in ("system_prompt", "initial_prompt"))
+    COLUMNS = tuple(f.name for f in dataclasses.fields(Session) if f.name not in PROMPTS)
     AS_JSON = ("tags", "metadata", "token_usage")
     SHOWN = 1000  # characters of an initial_prompt in a list
     AT_ONCE = 1000  # sessions to delete in one transaction: others write meanwhile
@@ -3889,9 +3890,9 @@ class Store:
                longest: Optional[int] = None) -> List[Session]:
         """The sessions that `rest` of a SELECT finds; of their first prompts, the first `longest` characters."""
         prompts = [f"coalesce({name}, '')" if longest is None else f"coalesce(substr({name}, 1, {longest + 1}), '')"
-                   for name in self.PROMPTS]
+                   for name in PROMPTS]
         query = f"SELECT {', '.join([*self.COLUMNS, *prompts])} FROM sessions LEFT JOIN prompts USING (id) {rest}"
-        found = [dict(zip((*self.COLUMNS, *self.PROMPTS), row)) for row in db.execute(query, values)]
+        found = [dict(zip((*self.COLUMNS, *PROMPTS), row)) for row in db.execute(query, values)]
         for row in found:
             row.update({name: json.loads(row[name]) for name in self.AS_JSON})
             if longest is not None and len(row["initial_prompt"]) > longest:
@@ -4650,10 +4651,10 @@ class RateLimit:
 
     def check(self, config: Config, head: Head) -> None:
         """Raises RateLimited."""
-        limits, address, now = config.server, client_address(config, head), time.monotonic()
+        limits = config.server
         if not limits.rate_limit_enabled:
             return
-        full = float(limits.rate_limit_burst)
+        address, now, full = client_address(config, head), time.monotonic(), float(limits.rate_limit_burst)
         with self.lock:
             tokens, seen = self.buckets.pop(address, (full, now))
             tokens = min(full, tokens + (now - seen) * limits.rate_limit_rps)
@@ -4859,7 +4860,7 @@ class Server:
 
         def run_in(session: Session) -> Events:
             return run_of(dataclasses.replace(request, resume=session.backend_session_id,
-                                              begins=session.turn_count == 0))
+                                              begins=not session.has_begun))
         events = kept(session, run_in, self.store, is_new=not found, counts_usage=settings.store_token_usage)
         return Started(events, request, ignored, session.id)
 
@@ -4884,7 +4885,7 @@ class Server:
         overruled = [*(["workdir"] if moved else []), *(["model"] if renamed else [])]
         model = session.model if "model" in kind.honours else None
         return dataclasses.replace(asked, workdir=session.working_dir, model=model, resume=session.backend_session_id,
-                                   begins=session.turn_count == 0, sandbox_before=session.sandbox_mode), overruled
+                                   begins=not session.has_begun, sandbox_before=session.sandbox_mode), overruled
 
     def empty_directory(self) -> str:
         """Where the model way runs: clinvk's own, with nothing in it that a CLI could read."""
@@ -5273,7 +5274,8 @@ def shown_session(session: Session) -> Json:
     """A session as clients see it."""
     shown = {**vars(session), "created_at": utc(session.created_at), "last_used": utc(session.last_used),
              "token_usage": {**native_usage(Usage()), **session.token_usage}}
-    return {name: value for name, value in shown.items() if name not in ("turn", "system_prompt", "sandbox_mode")}
+    kept_back = ("system_prompt", "has_begun", "sandbox_mode", "turn")
+    return {name: value for name, value in shown.items() if name not in kept_back}
 
 
 @route("GET", "/api/v1/sessions/<name>")

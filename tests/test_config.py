@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import threading
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -327,19 +326,20 @@ def test_a_gopass_that_is_not_there_stops_the_start(refusal: Refusal, tmp_path: 
     assert "gopass show --password a/b" in told and "CLINVK_API_KEYS" in told
 
 
-def test_keys_are_read_again_and_stay_if_that_fails(gopass: Callable[[str], Dict[str, str]], tmp_path: Path,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_read_again_and_stay_if_that_fails(
+        gopass: Callable[[str], Dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
     told = tmp_path / "told"
     told.write_text("one")
     around = gopass(f"sys.stdout.write(open({str(told)!r}).read())")
     monkeypatch.setattr(clinvk.Server, "KEYS_SECS", 0.05)
     server = clinvk.Server(clinvk.load_config(None, around, {}))
-    renewing = threading.Thread(target=server.renew_keys)
+    renewing = threading.Thread(target=server.renew_keys, daemon=True)
     renewing.start()
     told.write_text("two")
     eventually(lambda: server.config.keys == ("two",))
     told.unlink()
-    time.sleep(0.5)
+    eventually(lambda: "the API keys stay as they were" in caplog.text)
     assert server.config.keys == ("two",)
     server.close()
     renewing.join()
@@ -357,6 +357,7 @@ def test_origins_that_mean_nothing_or_too_much_stop_the_start(refusal: Refusal, 
 
 @pytest.mark.parametrize("text, told", [
     ("server: {blocked_workdir_prefixes: ['~/secret']}", "must be an absolute path"),
+    ("server: {trusted_proxies: ['proxy.lan']}", "must be an address"),
     ("backends: {claude: {command: ['']}}", "must not be empty"),
     ("backends: {claude: {env: {'A=B': x}}}", "a name has no '='")])
 def test_what_would_fail_or_not_count_at_every_run_stops_the_start(refusal: Refusal, text: str, told: str) -> None:

@@ -207,6 +207,18 @@ def test_a_session_whose_first_turn_failed_can_be_gone_on_with(cli: Cli) -> None
     assert [sum(part in text for text in said) for part in ("the word is 4711", "XSYS")] == [2, 1]  # the answer, too
 
 
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 0.6])
+def test_a_session_whose_first_turn_was_cut_off_can_be_gone_on_with(cli: Cli, seconds: float) -> None:
+    talk = Talk(cli)
+    cut = cli.prompt("!slow 50", ephemeral=False, timeout_secs=seconds, system_prompt="XSYS")
+    assert cut.json["exit_code"] == -1, cut.body
+    talk.id = cut.json["session_id"]
+    cli.lab.forget()
+    talk.say("hello")
+    assert sum("XSYS" in text for text in texts(cli.lab.asked[-1]["body"])) == 1
+    assert talk.session["status"] == "completed"
+
+
 def test_six_conversations_at_once_in_one_directory_stay_apart(cli: Cli) -> None:
     talks = [Talk(cli) for _ in range(6)]
     at_once([functools.partial(talk.say, f"first of {n}") for n, talk in enumerate(talks)])

@@ -508,6 +508,36 @@ def test_a_conversation_of_claude_has_its_name_before_it_begins(
     assert not transcript.exists()
 
 
+@pytest.mark.parametrize("stored, flag", [(False, "--session-id"), (True, "--resume")])
+def test_a_turn_that_claude_has_said_nothing_of_is_gone_on_with_if_claude_has_stored_it(
+        make_client: Callable[..., Client], fake_cli: Callable[..., str], tmp_path: Path, stored: bool,
+        flag: str) -> None:
+    silent = CLAUDE.replace('print("".join(lines[:begun]), end="", flush=True)', "begun = 0")
+    client = make_client({"backends": {"claude": {"command": fake_cli(silent, "claude")}}})
+    assert ask(client, "hold", "claude", timeout_secs=1).json["exit_code"] == -1
+    session = only(client)
+    name = session["backend_session_id"]
+    transcript = tmp_path / ".claude" / "projects" / "here" / f"{name}.jsonl"
+    transcript.parent.mkdir(parents=True)
+    if stored:
+        transcript.touch()
+    assert ask(client, "more", "claude", session_id=session["id"]).json["exit_code"] == 0
+    argv = told(tmp_path)[-1]["argv"]
+    assert argv[argv.index(flag) + 1] == name
+    assert ("--resume" in argv) == stored
+
+
+def test_a_turn_that_a_stop_sequence_ends_has_ended_its_cli_before_that_is_told(
+        make_client: Callable[..., Client], scripted: Dict[str, Any], tmp_path: Path) -> None:
+    client = make_client(scripted)
+    asked = clinvk.PromptRequest(backend="claude", prompt="family", stops=("UB",))
+    events = client.server.start(asked, clinvk.Stop(), at="", prompt_at="").events
+    with contextlib.closing(events):
+        done = next(event for event in events if isinstance(event, clinvk.Done))
+        assert done.stop_sequence == "UB" and alive(told(tmp_path)[-1]["family"]) == []
+        assert only(client)["status"] == "completed"
+
+
 # ---- Runs that fail
 
 @pytest.mark.parametrize("backend, prompt, words", [
