@@ -4898,8 +4898,8 @@ class Server:
         """Ask each installed CLI for its version; a thread of its own calls this once."""
         for name in set(self.runnable()) - set(self.versions):
             patience_ends = time.monotonic() + self.VERSION_SECS
-            while self.slots.active and time.monotonic() < patience_ends:
-                self.closing.wait(TICK)  # a run must not be slowed by it, if it can be helped
+            while self.slots.active and time.monotonic() < patience_ends and not self.closing.wait(TICK):
+                pass  # a run must not be slowed by it, if it can be helped
             if self.closing.is_set():
                 return
             stop = Stop(closing=self.closing).allow(self.VERSION_SECS)
