@@ -210,14 +210,15 @@ Model = TypeVar("Model")
 
 def param(default: Any = dataclasses.MISSING, *, doc: str = "", minimum: Optional[float] = None,
           maximum: Optional[float] = None, above: Optional[float] = None, choices: Sequence[Any] = (),
-          longest: Optional[int] = None, not_empty: bool = False, free_text: bool = False,
-          flag_value: bool = False) -> Any:
+          longest: Optional[int] = None, not_empty: bool = False, not_blank: bool = False, free_text: bool = False,
+          flag_value: bool = False, shape: Optional[Json] = None) -> Any:
     """A field that may come over the wire. `default` is a value, or list, dict or a dataclass to make one of.
 
     `free_text` is for what never reaches a command line or a file name: NUL is allowed in it. `flag_value` is for what
-    follows a flag there: it must not be taken for another one."""
+    follows a flag there: it must not be taken for another one. `shape` is JSON Schema for what other code checks."""
     rules = {"doc": doc, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices, "longest": longest,
-             "not_empty": not_empty, "free_text": free_text, "flag_value": flag_value, "wire": True}
+             "not_empty": not_empty, "not_blank": not_blank, "free_text": free_text, "flag_value": flag_value,
+             "shape": shape or {}, "wire": True}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=rules)
     return dataclasses.field(default=default, metadata=rules)
@@ -245,11 +246,19 @@ def check(model: Type[Model], value: Any, where: str = "") -> Model:
     return cast(Model, built)
 
 
+class WireField(NamedTuple):
+    kind: Any  # its type
+    rules: Mapping[str, Any]  # what `param` was told
+    required: bool
+    default: Any
+
+
 @functools.lru_cache(maxsize=None)
-def wire_fields(model: Any) -> Dict[str, Tuple[Any, Mapping[str, Any], bool]]:
-    """For each field that may come over the wire: its type, its rules, and whether it must be there."""
+def wire_fields(model: Any) -> Dict[str, WireField]:
+    """The fields of a model that may come over the wire."""
     hints = get_type_hints(model)
-    return {f.name: (hints[f.name], f.metadata, f.default is f.default_factory is dataclasses.MISSING)
+    missing = dataclasses.MISSING
+    return {f.name: WireField(hints[f.name], f.metadata, f.default is f.default_factory is missing, f.default)
             for f in dataclasses.fields(model) if f.metadata.get("wire")}
 
 
@@ -276,21 +285,24 @@ class Checker:
         fields, before = wire_fields(model), len(self.problems)
         for name in value:
             if name not in fields:
-                self.stranger(model, str(name), at, fields)
+                self.stranger(model, str(name), at, fields, value[name])
         built = {}
-        for name, (kind, rules, required) in fields.items():
+        for name, field in fields.items():
             place = f"{at}.{name}" if at else name
             if value.get(name) is not None:
-                built[name] = self.value(kind, value[name], place, rules)
-            elif required:
+                built[name] = self.value(field.kind, value[name], place, field.rules)
+            elif field.required:
                 self.wrong(place, "is required")
         return model(**built) if len(self.problems) == before else None
 
-    def stranger(self, model: Any, name: str, at: str, known: Iterable[str]) -> None:
-        """A field that `model` does not have."""
+    def stranger(self, model: Any, name: str, at: str, known: Iterable[str], value: Any) -> None:
+        """A field that `model` does not have, or not over the wire though its base has."""
         place = f"{at}.{name}" if at else name
         if issubclass(model, Open):
             self.unknown.append(re.sub(r"\[\d+\]", "", place))
+        elif any(name in wire_fields(base) for base in model.__mro__[1:-1]):
+            if value is not None:
+                self.wrong(place, "can not be set here; leave it out")
         else:
             self.wrong(place, "is not known" + nearest(name, known))
 
@@ -307,11 +319,19 @@ class Checker:
         return value if kind is Any else self.scalar(kind, value, at, rules)
 
     def union(self, kinds: List[Any], value: Any, at: str, rules: Mapping[str, Any]) -> Any:
-        """The first kind whose JSON type is the value's."""
-        for kind in kinds:
-            if len(kinds) == 1 or json_type(kind) == json_type(type(value)):
-                return self.value(kind, value, at, rules)
-        return self.wrong(at, "must be " + " or ".join(ARTICLES[json_type(kind)] for kind in kinds), value)
+        """The kind whose JSON type is the value's; of several objects, the one whose `type` is."""
+        fitting = [kind for kind in kinds if len(kinds) == 1 or json_type(kind) == json_type(type(value))]
+        if not fitting:
+            names = dict.fromkeys(ARTICLES[json_type(kind)] for kind in kinds)
+            return self.wrong(at, "must be " + " or ".join(names), value)
+        if len(fitting) > 1:
+            by_type = {name: kind for kind in fitting for name in wire_fields(kind)["type"].rules["choices"]}
+            name = value.get("type")
+            if name not in [*by_type]:
+                fault = "is required" if name is None else f"{json.dumps(name)} is not supported"
+                return self.wrong(f"{at}.type", f"{fault}; send one of {', '.join(by_type)}", name)
+            fitting = [by_type[name]]
+        return self.value(fitting[0], value, at, rules)
 
     def items(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
         if not isinstance(value, list):
@@ -361,6 +381,8 @@ def json_type(kind: Any) -> str:
 def text_fault(value: str, rules: Mapping[str, Any]) -> str:
     if rules["not_empty"] and not value:
         return "must not be empty"
+    if rules["not_blank"] and not value.strip():
+        return "must have more than blanks"
     if rules["flag_value"] and value.startswith("-"):
         return "must not begin with a dash"
     if "\0" in value and not rules["free_text"]:
@@ -676,29 +698,39 @@ def value_at(config: Any, key: str) -> Any:
 # ==== Requests ====================================================================================
 # In: a client's JSON object. Out: a PromptRequest, the one thing that every backend understands.
 
+DIRECTORY = {"format": "directory", "pattern": "^/"}  # of this machine
+NEVER = {"const": False}
+DRY = "Nothing runs; each answer is the command line that would."
+STREAM = "Answer NDJSON: every run's events as they happen, and the whole answer as the last line."
+
+
 @dataclass(frozen=True)
 class PromptRequest:
-    """SPEC 2.1. None is "not said": `settled` puts the config's value there."""
-    backend: str = param(not_empty=True, doc="a configured backend's name")
-    prompt: str = param(not_empty=True, free_text=True)
-    model: Optional[str] = param(None, flag_value=True,
-                                 doc="passed to the CLI; fast, balanced and best are aliases from config")
-    workdir: Optional[str] = param(None, doc="absolute path of an existing directory")
-    session_id: Optional[str] = param(None, not_empty=True, doc="continue that session: its id, or the first of its "
-                                      "digits; its workdir and model are taken over")
-    ephemeral: bool = param(False, doc="nothing is stored")
-    approval_mode: Optional[str] = param(None, choices=APPROVAL_MODES)
-    sandbox_mode: Optional[str] = param(None, choices=SANDBOX_MODES)
-    output_format: str = param("default", choices=OUTPUT_FORMATS)
-    max_tokens: Optional[int] = param(None, minimum=0)
-    max_turns: Optional[int] = param(None, minimum=0)
-    system_prompt: Optional[str] = param(None, free_text=True)
-    allowed_tools: Optional[str] = param(None, flag_value=True, doc="comma-separated")
-    verbose: Optional[bool] = param(None)
-    dry_run: Optional[bool] = param(None)
-    extra: List[str] = param(list, doc="further CLI flags, as the backend's list allows")
-    metadata: Dict[str, str] = param(dict, free_text=True)
-    timeout_secs: Optional[float] = param(None, above=0)
+    """One prompt for one backend. What is left out is taken from the config."""
+    # None is "not said": `settled` puts the config's value there.
+    backend: str = param(not_empty=True, doc="A configured backend's name.")
+    prompt: str = param(not_blank=True, free_text=True, doc="What the CLI is asked.")
+    model: Optional[str] = param(None, flag_value=True, doc="Passed to the CLI; `fast`, `balanced` and `best` are "
+                                 "aliases of the config.")
+    workdir: Optional[str] = param(None, shape=DIRECTORY, doc="Where the CLI runs: the absolute path of a directory "
+                                   "that is there, and that the config allows. Default: the server's own.")
+    session_id: Optional[str] = param(None, not_empty=True, doc="Continue that session: its id, or the first of its "
+                                      "digits. Its workdir and model are taken over.")
+    ephemeral: bool = param(False, doc="Store nothing, here or in the CLI.")
+    approval_mode: Optional[str] = param(None, choices=APPROVAL_MODES, doc="What the CLI may do without being asked.")
+    sandbox_mode: Optional[str] = param(None, choices=SANDBOX_MODES, doc="What the CLI's tools may reach.")
+    output_format: str = param("default", choices=OUTPUT_FORMATS, doc="`stream-json` streams NDJSON events; the others "
+                               "answer one JSON object. Default: output.format of the config.")
+    max_tokens: Optional[int] = param(None, minimum=0, doc="Of the answer; 0: no limit.")
+    max_turns: Optional[int] = param(None, minimum=0, doc="Of the agent; 0: no limit.")
+    system_prompt: Optional[str] = param(None, free_text=True, doc="In place of the CLI's own, or added to it, as the "
+                                         "CLI has it.")
+    allowed_tools: Optional[str] = param(None, flag_value=True, doc="Comma-separated; claude only.")
+    verbose: Optional[bool] = param(None, doc="The CLI's own verbose mode.")
+    dry_run: Optional[bool] = param(None, doc="Answer with the command line that would run, and run nothing.")
+    extra: List[str] = param(list, doc="Further flags for the CLI, as the backend's list and the config allow.")
+    metadata: Dict[str, str] = param(dict, free_text=True, doc="Stored with the session.")
+    timeout_secs: Optional[float] = param(None, above=0, doc="Seconds; at most server.request_timeout_secs.")
     isolated: bool = internal(False)  # the model way (SPEC 2.0): a chat, without the agent's tools and files
     keeps: bool = internal(False)  # the CLI stores the conversation
     resume: str = internal("")  # the CLI's own name for the conversation to go on with
@@ -716,43 +748,54 @@ class PromptRequest:
 
 @dataclass(frozen=True)
 class ParallelRequest:
-    """SPEC 2.2: several runs at once."""
-    tasks: List[PromptRequest] = param(not_empty=True, longest=100)
-    max_parallel: Optional[int] = param(None, minimum=1, doc="default: parallel.max_workers")
-    fail_fast: Optional[bool] = param(None, doc="default: parallel.fail_fast")
-    dry_run: bool = param(False)
-    stream: bool = param(False, doc="NDJSON: every task's events as they happen, and a summary at the end")
+    """Several runs at once. None of them keeps a session."""
+    tasks: List[PromptRequest] = param(not_empty=True, longest=100, doc="What is to run.")
+    max_parallel: Optional[int] = param(None, minimum=1, doc="How many run at once. Default: parallel.max_workers "
+                                        "of the config.")
+    fail_fast: Optional[bool] = param(None, doc="After a failure end the others. Default: "
+                                      "parallel.fail_fast of the config.")
+    dry_run: bool = param(False, doc=DRY)
+    stream: bool = param(False, doc=STREAM)
 
 
 @dataclass(frozen=True)
 class ChainStep(PromptRequest):
-    """One step: {{previous}} in its prompt is the last step's output."""
-    name: str = param("")
+    """One step: `{{previous}}` in its prompt is the last step's output."""
+    name: str = param("", doc="Shown in the answer.")
     output_format: str = internal("default")
 
 
 @dataclass(frozen=True)
 class ChainRequest:
-    """SPEC 2.2: several runs, one after the other."""
-    steps: List[ChainStep] = param(not_empty=True, longest=100)
-    stop_on_failure: bool = param(False)
-    pass_working_dir: bool = param(False, doc="a step without a workdir runs in that of the step before")
-    pass_session_id: bool = param(False)
-    persist_sessions: bool = param(False)
-    dry_run: bool = param(False)
-    stream: bool = param(False)
+    """Several runs, one after the other. None of them keeps a session."""
+    steps: List[ChainStep] = param(not_empty=True, longest=100, doc="In the order in which they run.")
+    stop_on_failure: bool = param(False, doc="After a failure start no further step.")
+    pass_working_dir: bool = param(False, doc="A step without a workdir runs in that of the step before.")
+    pass_session_id: bool = param(False, shape=NEVER, doc="A chain keeps no session.")
+    persist_sessions: bool = param(False, shape=NEVER, doc="A chain keeps no session.")
+    dry_run: bool = param(False, doc=DRY)
+    stream: bool = param(False, doc=STREAM)
 
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """SPEC 2.2: one prompt on several backends."""
-    backends: List[str] = param(not_empty=True, longest=100)
-    prompt: str = param(not_empty=True, free_text=True)
-    model: Optional[str] = param(None, flag_value=True)
-    workdir: Optional[str] = param(None)
-    sequential: bool = param(False)
-    dry_run: bool = param(False)
-    stream: bool = param(False)
+    """One prompt on several backends. None of the runs keeps a session."""
+    backends: List[str] = param(not_empty=True, longest=100, doc="Names of configured backends.")
+    prompt: str = param(not_blank=True, free_text=True, doc="What they are asked.")
+    model: Optional[str] = param(None, flag_value=True, doc="Passed to each CLI, or an alias of the config.")
+    workdir: Optional[str] = param(None, shape=DIRECTORY, doc="Where they run.")
+    sequential: bool = param(False, doc="One after the other.")
+    dry_run: bool = param(False, doc=DRY)
+    stream: bool = param(False, doc=STREAM)
+
+
+@dataclass(frozen=True)
+class AgentOptions(PromptRequest):
+    """How a chat runs. With `workdir` the agent runs there, with the CLI's tools and files, in place of the model."""
+    backend: str = internal("")
+    prompt: str = internal("")
+    model: Optional[str] = internal(None)
+    output_format: str = internal("default")
 
 
 @dataclass(frozen=True)
@@ -882,21 +925,29 @@ def element(tag: str, attributes: Iterable[Tuple[str, str]], inner: str) -> str:
 # ---- OpenAI
 
 @dataclass(frozen=True)
-class ChatPart(Open):
-    type: str = param()
+class TextPart(Open):
+    """A part of a message: text."""
+    type: str = param(choices=("text",))
     text: str = param("", free_text=True)
+
+
+@dataclass(frozen=True)
+class RefusalPart(Open):
+    """A part of a message of the assistant: why it did not answer."""
+    type: str = param(choices=("refusal",))
     refusal: str = param("", free_text=True)
-    image_url: Any = param(None)
 
 
 @dataclass(frozen=True)
 class CalledFunction(Open):
+    """The function that a tool call names, and its arguments as JSON text."""
     name: str = param("")
     arguments: str = param("", free_text=True)
 
 
 @dataclass(frozen=True)
 class ToolCall(Open):
+    """A call of a client's tool, from an earlier answer."""
     id: str = param("")
     type: str = param("function")
     function: CalledFunction = param(CalledFunction)
@@ -904,17 +955,18 @@ class ToolCall(Open):
 
 @dataclass(frozen=True)
 class ChatMessage(Open):
+    """One turn. Those of `system` and `developer` are the system prompt."""
     role: str = param(choices=("system", "developer", "user", "assistant", "tool", "function"))
-    content: Union[None, str, List[ChatPart]] = param(None, free_text=True)
-    name: str = param("")
+    content: Union[None, str, List[Union[TextPart, RefusalPart]]] = param(None, free_text=True)
+    name: str = param("", doc="Of the one who speaks.")
     refusal: str = param("", free_text=True)
-    reasoning_content: Any = param(None)
-    tool_calls: List[ToolCall] = param(list)
-    tool_call_id: str = param("")
+    reasoning_content: Any = param(None, doc="Thinking of earlier answers is left out.")
+    tool_calls: List[ToolCall] = param(list, doc="What the assistant called in this turn.")
+    tool_call_id: str = param("", doc="Of the call that this message of the role `tool` answers.")
 
-    def turn(self, at: str) -> Turn:
-        pieces = [Piece(self.content)] if isinstance(self.content, str) else [
-            chat_piece(part, f"{at}.content[{i}]") for i, part in enumerate(self.content or [])]
+    def turn(self) -> Turn:
+        parts = [TextPart("text", self.content)] if isinstance(self.content, str) else self.content or []
+        pieces = [Piece(part.text if isinstance(part, TextPart) else part.refusal) for part in parts]
         if self.refusal:
             pieces.append(Piece(self.refusal))
         pieces += [Piece(call.function.arguments, "tool_call", (("id", call.id), ("name", call.function.name)))
@@ -925,69 +977,68 @@ class ChatMessage(Open):
         return Turn(self.role, pieces, self.name)
 
 
-def chat_piece(part: ChatPart, at: str) -> Piece:
-    if part.type == "text":
-        return Piece(part.text)
-    if part.type == "refusal":
-        return Piece(part.refusal)
-    if part.type == "image_url":
-        raise not_yet(f"{at}.image_url", "images")
-    raise Invalid([Problem(f"{at}.type", f'"{part.type}" is not supported; send text', part.type)])
-
-
 def not_yet(field: str, what: str) -> Invalid:
     return Invalid([Problem(field, f"{what} can not be used in clinvk {__version__} yet; leave the field out")])
 
 
 @dataclass(frozen=True)
 class StreamOptions(Open):
-    include_usage: bool = param(False)
+    """What a stream tells besides the answer."""
+    include_usage: bool = param(False, doc="One more chunk, with the token counts.")
 
 
 class Compat(Open):
     """What the requests of the OpenAI and Anthropic APIs have in common."""
     model: str
     stream: bool
-    clinvk: Optional[Dict[str, Any]]
+    clinvk: Optional[AgentOptions]
     unknown: Tuple[str, ...]
 
     def prompt_request(self, config: Config, turns: List[Turn], **fields: Any) -> PromptRequest:
         """The run that this request asks for: the model, or the agent if `clinvk.workdir` or config says so."""
         backend, model = backend_of(self.model, config)
-        own = dict(self.clinvk or {})
-        for name in ("backend", "prompt", "model", "output_format"):
-            if own.pop(name, None) is not None:
-                raise Invalid([Problem(f"clinvk.{name}", "is taken from the request itself; leave it out")])
-        continues = own.get("session_id") is not None
-        isolated = own.get("workdir") is None and not continues and config.server.compat_mode == "model"
-        prompt = as_prompt(turns)
-        if not prompt.strip():
+        options = self.clinvk or AgentOptions()
+        isolated = options.workdir is None and options.session_id is None and config.server.compat_mode == "model"
+        if not any(piece.text.strip() for turn in turns for piece in turn.pieces):
             raise Invalid([Problem("messages", "have no text to answer")])
-        asked = check(PromptRequest, {**own, "backend": backend, "prompt": prompt, "model": model}, "clinvk")
-        fields = {name: value for name, value in fields.items() if own.get(name) is None}
-        return dataclasses.replace(asked, isolated=isolated, ephemeral=asked.ephemeral or not continues, **fields)
+        said: Json = {"backend": backend, "prompt": as_prompt(turns), "model": model}
+        check(PromptRequest, said)  # none of them may be taken for a flag, for instance
+        fields = {name: value for name, value in fields.items() if getattr(options, name) in (None, "")}
+        return dataclasses.replace(options, **said, isolated=isolated,
+                                   ephemeral=options.ephemeral or options.session_id is None, **fields)
+
+
+NOT_BLANK = r"[^\s\x1c-\x1f]"
+SOME_TEXT = {"anyOf": [{"type": "string", "pattern": NOT_BLANK}, {"type": "array", "contains": {
+    "type": "object", "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string", "pattern": NOT_BLANK}}}}]}
+SAYS_SOMETHING = {"contains": {"type": "object", "required": ["role", "content"], "properties": {
+    "role": {"enum": ["user", "assistant", "tool"]}, "content": SOME_TEXT}}}
+LENIENT = "Accepted and without effect."
 
 
 @dataclass(frozen=True)
 class ChatRequest(Compat):
-    """SPEC 2.4: POST /openai/v1/chat/completions. Fields that are not here are accepted and named as ignored."""
-    model: str = param(not_empty=True)
-    messages: List[ChatMessage] = param(list)
-    input: Any = param(None)
-    stream: bool = param(False)
+    """A chat completion. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
+    model: str = param(not_empty=True, doc="`claude`, `codex`, `gemini` or another configured backend; "
+                       "`backend/model`; the name of a model that one of them has; `default`; an alias of the config.")
+    messages: List[ChatMessage] = param(not_empty=True, shape=SAYS_SOMETHING, doc="The conversation; the last turn of "
+                                        "the user is the one to answer.")
+    stream: bool = param(False, doc="Answer as server-sent events.")
     stream_options: StreamOptions = param(StreamOptions)
-    n: int = param(1, minimum=1, maximum=8)
-    stop: Union[None, str, List[str]] = param(None, longest=4, free_text=True)
-    max_tokens: Optional[int] = param(None, minimum=1)
-    max_completion_tokens: Optional[int] = param(None, minimum=1)
-    reasoning_effort: str = param("")
-    response_format: Optional[Dict[str, Any]] = param(None)
-    tools: List[Any] = param(list)
-    tool_choice: Any = param(None)
-    logprobs: bool = param(False)
-    user: Any = param(None)
-    metadata: Any = param(None)
-    clinvk: Optional[Dict[str, Any]] = param(None)
+    n: int = param(1, minimum=1, maximum=8, shape={"maximum": 1}, doc="How many answers.")
+    stop: Union[None, str, List[str]] = param(None, longest=4, free_text=True, doc="The answer ends before the first "
+                                              "of these.")
+    max_tokens: Optional[int] = param(None, minimum=1, doc="Of the answer, where the CLI can.")
+    max_completion_tokens: Optional[int] = param(None, minimum=1, doc="As max_tokens, which it outdoes.")
+    reasoning_effort: str = param("", doc="low, medium, high ...: where the CLI can.")
+    response_format: Optional[Dict[str, Any]] = param(None, shape={"properties": {"type": {"const": "text"}}})
+    tools: List[Any] = param(list, doc="Not offered to the CLI in this version.")
+    tool_choice: Any = param(None, shape={"enum": ["auto", "none", None]})
+    logprobs: bool = param(False, shape={"const": False})
+    user: Any = param(None, doc=LENIENT)
+    metadata: Any = param(None, doc=LENIENT)
+    clinvk: Optional[AgentOptions] = param(None)
     unknown: Tuple[str, ...] = internal(())
 
     @property
@@ -996,9 +1047,7 @@ class ChatRequest(Compat):
 
     def to_prompt(self, config: Config) -> PromptRequest:
         self.refuse_not_yet()
-        if not self.messages:
-            raise Invalid([Problem("messages", "is required, and must not be empty")])
-        turns = [message.turn(f"messages[{i}]") for i, message in enumerate(self.messages)]
+        turns = [message.turn() for message in self.messages]
         system = [p.text for t in turns if t.role in ("system", "developer") for p in t.pieces]
         talk = [t for t in turns if t.role not in ("system", "developer")]
         if not talk:
@@ -1009,13 +1058,11 @@ class ChatRequest(Compat):
     def refuse_not_yet(self) -> None:
         if self.n > 1:
             raise not_yet("n", "more than one choice")
-        if self.input is not None and not self.messages:
-            raise Invalid([Problem("input", f"can not be used in clinvk {__version__} yet; send messages")])
         if (self.response_format or {}).get("type", "text") != "text":
             raise not_yet("response_format", "structured output")
         if self.logprobs:
             raise Invalid([Problem("logprobs", "are not given by any CLI; leave the field out", True)])
-        if self.tools and self.tool_choice not in (None, "auto", "none"):
+        if self.tool_choice not in (None, "auto", "none"):
             raise not_yet("tool_choice", 'a choice other than "auto" and "none"')
 
     def ignored(self) -> List[str]:
@@ -1025,94 +1072,163 @@ class ChatRequest(Compat):
 # ---- Anthropic
 
 @dataclass(frozen=True)
-class Block(Open):
-    """A content block of Anthropic's; which fields count depends on `type`."""
-    type: str = param()
+class TextBlock(Open):
+    """Text."""
+    type: str = param(choices=("text",))
     text: str = param("", free_text=True)
+    citations: Any = param(None, doc=LENIENT)
+    cache_control: Any = param(None, doc=LENIENT)
+
+    def piece(self) -> Piece:
+        return Piece(self.text)
+
+
+@dataclass(frozen=True)
+class ToolUseBlock(Open):
+    """A call of a client's tool, from an earlier answer."""
+    type: str = param(choices=("tool_use",))
     id: str = param("")
     name: str = param("")
     input: Any = param(None)
+    cache_control: Any = param(None, doc=LENIENT)
+
+    def piece(self) -> Piece:
+        return Piece(json.dumps(self.input, ensure_ascii=False), "tool_call", (("id", self.id), ("name", self.name)))
+
+
+@dataclass(frozen=True)
+class ToolResultBlock(Open):
+    """What a client's tool answered."""
+    type: str = param(choices=("tool_result",))
     tool_use_id: str = param("")
-    content: Any = param(None)
+    content: Content = param(None, free_text=True)
     is_error: bool = param(False)
-    source: Any = param(None)
-    title: str = param("", free_text=True)
+    cache_control: Any = param(None, doc=LENIENT)
+
+    def piece(self) -> Piece:
+        inner = element_text(content_pieces(self.content), escape=str)
+        return Piece(inner, "tool_result", (("id", self.tool_use_id), ("error", "true" if self.is_error else "")))
+
+
+@dataclass(frozen=True)
+class ThinkingBlock(Open):
+    """Thinking of an earlier answer. It is left out, as Anthropic's API does."""
+    type: str = param(choices=("thinking", "redacted_thinking"))
     thinking: str = param("", free_text=True)
     signature: str = param("")
     data: str = param("")
-    cache_control: Any = param(None)
-    citations: Any = param(None)
 
-    def pieces(self, at: str) -> Iterator[Piece]:
-        """This block as it stands in a prompt. Thinking of earlier turns is left out, as Anthropic's API does."""
-        if self.type == "text":
-            yield Piece(self.text)
-        elif self.type == "tool_use":
-            yield Piece(json.dumps(self.input, ensure_ascii=False), "tool_call", (("id", self.id), ("name", self.name)))
-        elif self.type == "tool_result":
-            inner = element_text(content_pieces(self.content, f"{at}.content"), escape=str)
-            yield Piece(inner, "tool_result", (("id", self.tool_use_id), ("error", "true" if self.is_error else "")))
-        elif self.type in ("document", "search_result"):
-            source = self.source if isinstance(self.source, str) else ""
-            yield Piece(self.document_text(at), "document", (("title", self.title), ("source", source)))
-        elif self.type == "image":
-            raise not_yet(at, "images")
-        elif self.type not in ("thinking", "redacted_thinking"):
-            raise Invalid([Problem(f"{at}.type", f'"{self.type}" is not supported; send text', self.type)])
-
-    def document_text(self, at: str) -> str:
-        if self.type == "search_result":
-            return "\n".join(p.text for p in content_pieces(self.content, f"{at}.content"))
-        source = self.source if isinstance(self.source, dict) else {}
-        if source.get("type") == "text" and isinstance(source.get("data"), str):
-            return str(source["data"])
-        if source.get("type") == "content":
-            return "\n".join(p.text for p in content_pieces(source.get("content"), f"{at}.source.content"))
-        raise Invalid([Problem(f"{at}.source", "only documents with a text source are supported")])
+    def piece(self) -> Optional[Piece]:
+        return None
 
 
-def content_pieces(content: Any, at: str) -> List[Piece]:
-    """A content that is a string, or a list of blocks that have not been checked yet."""
+@dataclass(frozen=True)
+class TextSource(Open):
+    """A document's text."""
+    type: str = param(choices=("text",))
+    data: str = param("", free_text=True)
+    media_type: str = param("")
+
+
+@dataclass(frozen=True)
+class ContentSource(Open):
+    """A document in blocks."""
+    type: str = param(choices=("content",))
+    content: Content = param(None, free_text=True)
+
+
+@dataclass(frozen=True)
+class DocumentBlock(Open):
+    """A document, whose source is text."""
+    type: str = param(choices=("document",))
+    source: Union[TextSource, ContentSource] = param()
+    title: str = param("", free_text=True)
+    context: str = param("", free_text=True)
+    citations: Any = param(None, doc=LENIENT)
+    cache_control: Any = param(None, doc=LENIENT)
+
+    def piece(self) -> Piece:
+        source = self.source
+        text = source.data if isinstance(source, TextSource) else pieces_text(content_pieces(source.content))
+        return Piece(text, "document", (("title", self.title), ("context", self.context)))
+
+
+@dataclass(frozen=True)
+class SearchResultBlock(Open):
+    """What a search of the client's found."""
+    type: str = param(choices=("search_result",))
+    source: str = param("", free_text=True)
+    title: str = param("", free_text=True)
+    content: Content = param(None, free_text=True)
+    citations: Any = param(None, doc=LENIENT)
+    cache_control: Any = param(None, doc=LENIENT)
+
+    def piece(self) -> Piece:
+        return Piece(pieces_text(content_pieces(self.content)), "document",
+                     (("title", self.title), ("source", self.source)))
+
+
+Block = Union[TextBlock, ToolUseBlock, ToolResultBlock, ThinkingBlock, DocumentBlock, SearchResultBlock]
+Content = Union[None, str, List[Block]]
+
+
+def content_pieces(content: Content) -> List[Piece]:
+    """A content as it stands in a prompt."""
     if content is None or isinstance(content, str):
         return [Piece(content or "")]
-    if not isinstance(content, list):
-        raise Invalid([Problem(at, "must be a string or a list")])
-    return [piece for i, item in enumerate(content) for piece in check(Block, item, f"{at}[{i}]").pieces(f"{at}[{i}]")]
+    return [piece for block in content for piece in [block.piece()] if piece]
+
+
+def pieces_text(pieces: Iterable[Piece]) -> str:
+    return "\n".join(piece.text for piece in pieces)
 
 
 @dataclass(frozen=True)
 class MessageParam(Open):
+    """One turn."""
     role: str = param(choices=("user", "assistant", "system"))
     content: Union[str, List[Block]] = param(free_text=True)
 
-    def turn(self, at: str) -> Turn:
-        if isinstance(self.content, str):
-            return Turn(self.role, [Piece(self.content)])
-        return Turn(self.role, [p for i, b in enumerate(self.content) for p in b.pieces(f"{at}.content[{i}]")])
+    def turn(self) -> Turn:
+        return Turn(self.role, content_pieces(self.content))
 
 
-def system_text(system: Union[None, str, List[Block]]) -> str:
-    if isinstance(system, str):
-        return system
-    return "\n".join(p.text for i, b in enumerate(system or []) for p in b.pieces(f"system[{i}]"))
+@dataclass(frozen=True)
+class ThinkingParam(Open):
+    """How much the CLI may think, where it can."""
+    type: str = param("")
+    budget_tokens: Optional[int] = param(None, minimum=0)
+
+
+@dataclass(frozen=True)
+class OutputConfigParam(Open):
+    """How hard the CLI is to try, where it can."""
+    effort: str = param("")
+    format: Any = param(None, shape={"const": None})
+
+
+SOME_TEXT_TURN = {"contains": {"type": "object", "required": ["role", "content"],
+                               "properties": {"role": {"enum": ["user", "assistant"]}, "content": SOME_TEXT}},
+                  "prefixItems": [{"properties": {"role": {"enum": ["user", "system"]}}}]}
 
 
 @dataclass(frozen=True)
 class MessagesRequest(Compat):
-    """SPEC 2.5: POST /anthropic/v1/messages. Fields that are not here are accepted and named as ignored."""
-    model: str = param(not_empty=True)
-    messages: List[MessageParam] = param(not_empty=True)
-    max_tokens: int = param(minimum=1)
-    system: Union[None, str, List[Block]] = param(None, free_text=True)
-    stream: bool = param(False)
-    stop_sequences: List[str] = param(list, free_text=True)
-    metadata: Any = param(None)
-    thinking: Optional[Dict[str, Any]] = param(None)
-    tools: List[Any] = param(list)
-    tool_choice: Optional[Dict[str, Any]] = param(None)
-    output_format: Any = param(None)
-    output_config: Any = param(None)
-    clinvk: Optional[Dict[str, Any]] = param(None)
+    """A message. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
+    model: str = param(not_empty=True, doc="As in a chat completion.")
+    messages: List[MessageParam] = param(not_empty=True, shape=SOME_TEXT_TURN, doc="The conversation; the first turn "
+                                         "is the user's.")
+    max_tokens: int = param(minimum=1, doc="Of the answer, where the CLI can.")
+    system: Union[None, str, List[Block]] = param(None, free_text=True, doc="The system prompt.")
+    stream: bool = param(False, doc="Answer as server-sent events.")
+    stop_sequences: List[str] = param(list, free_text=True, doc="The answer ends before the first of these.")
+    metadata: Any = param(None, doc=LENIENT)
+    thinking: Optional[ThinkingParam] = param(None)
+    tools: List[Any] = param(list, doc="Not offered to the CLI in this version.")
+    tool_choice: Optional[Dict[str, Any]] = param(None, shape={"properties": {"type": {"enum": ["auto", "none"]}}})
+    output_format: Any = param(None, shape={"const": None})
+    output_config: Optional[OutputConfigParam] = param(None)
+    clinvk: Optional[AgentOptions] = param(None)
     unknown: Tuple[str, ...] = internal(())
 
     @property
@@ -1124,19 +1240,22 @@ class MessagesRequest(Compat):
         return str((self.tool_choice or {}).get("type", "auto"))
 
     def to_prompt(self, config: Config) -> PromptRequest:
-        if self.tools and self.choice not in ("auto", "none"):
+        self.refuse_not_yet()
+        thinking, output = self.thinking or ThinkingParam(), self.output_config or OutputConfigParam()
+        return self.prompt_request(
+            config, [message.turn() for message in self.messages],
+            system_prompt=pieces_text(content_pieces(self.system)) or None, max_tokens=self.max_tokens,
+            effort=output.effort, thinking_tokens=thinking.budget_tokens)
+
+    def refuse_not_yet(self) -> None:
+        if self.choice not in ("auto", "none"):
             raise not_yet("tool_choice", 'a choice other than "auto" and "none"')
-        if self.output_format or (isinstance(self.output_config, dict) and self.output_config.get("format")):
-            raise not_yet("output_format" if self.output_format else "output_config.format", "structured output")
+        if self.output_format is not None:
+            raise not_yet("output_format", "structured output")
+        if self.output_config and self.output_config.format is not None:
+            raise not_yet("output_config.format", "structured output")
         if self.messages[0].role == "assistant":
             raise Invalid([Problem("messages[0].role", 'must be "user"', "assistant")])
-        budget = (self.thinking or {}).get("budget_tokens")
-        effort = self.output_config.get("effort") if isinstance(self.output_config, dict) else None
-        return self.prompt_request(
-            config, [m.turn(f"messages[{i}]") for i, m in enumerate(self.messages)],
-            system_prompt=system_text(self.system) or None, max_tokens=self.max_tokens,
-            effort=effort if isinstance(effort, str) else "",
-            thinking_tokens=budget if isinstance(budget, int) and not isinstance(budget, bool) else None)
 
     def ignored(self) -> List[str]:
         return [*(["tools"] if self.tools and self.choice != "none" else []), *self.unknown]
@@ -1144,17 +1263,17 @@ class MessagesRequest(Compat):
 
 @dataclass(frozen=True)
 class CountRequest(Open):
-    """POST /anthropic/v1/messages/count_tokens: only the size of what was sent counts."""
-    model: str = param(not_empty=True)
+    """What is to be counted. Other fields are accepted and without effect."""
+    model: str = param(not_empty=True, doc="As in a chat completion.")
     messages: List[MessageParam] = param(not_empty=True)
     system: Union[None, str, List[Block]] = param(None, free_text=True)
     tools: List[Any] = param(list)
     unknown: Tuple[str, ...] = internal(())
 
     def characters(self) -> int:
-        texts = [p.text for i, m in enumerate(self.messages) for p in m.turn(f"messages[{i}]").pieces]
+        texts = [content_pieces(content) for content in (self.system, *(m.content for m in self.messages))]
         tools = [json.dumps(tool, ensure_ascii=False) for tool in self.tools]
-        return sum(map(len, [system_text(self.system), *texts, *tools]))
+        return sum(map(len, tools)) + sum(len(piece.text) for pieces in texts for piece in pieces)
 
 
 # ==== Events ======================================================================================
@@ -5048,8 +5167,6 @@ def compare(server: Server, call: Call) -> Answer:
     for index, name in enumerate(request.backends):
         server.known_backend(name, f"body.backends[{index}]")
     allowed_workdir(request.workdir, server.config, "body")
-    if not request.prompt.strip():
-        raise Invalid([Problem("body.prompt", "must have more than blanks")])
     tasks = [PromptRequest(backend=name, prompt=request.prompt, model=request.model, workdir=request.workdir,
                            ephemeral=True, dry_run=request.dry_run or None) for name in request.backends]
     places = ["body"] * len(tasks)
@@ -5523,7 +5640,7 @@ def read_json(environ: Json, config: Config) -> Any:
 def read_query(environ: Json, model: type) -> Json:
     """A query string as the JSON object that `model` is checked with. What is empty is absent; the last one counts."""
     pairs = urllib.parse.parse_qsl(environ.get("QUERY_STRING", ""))
-    numbers = {name for name, (kind, _, _) in wire_fields(model).items() if kind is int}
+    numbers = {name for name, field in wire_fields(model).items() if field.kind is int}
     return {name: number_of(text) if name in numbers else text for name, text in pairs}
 
 

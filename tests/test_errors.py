@@ -107,7 +107,7 @@ def test_no_depth_is_a_defect_of_ours(client: Client, path: str, wrap: Callable[
 # ---- Fields
 
 @pytest.mark.parametrize("path, change, place, told", [
-    (NATIVE, {"prompt": None}, "body.prompt", "is required"), (NATIVE, {"prompt": ""}, "body.prompt", "not be empty"),
+    (NATIVE, {"prompt": None}, "body.prompt", "is required"), (NATIVE, {"prompt": ""}, "body.prompt", "than blanks"),
     (NATIVE, {"prompt": 1}, "body.prompt", "must be a string"), (NATIVE, {"backend": None}, "body.backend", "required"),
     (NATIVE, {"promt": "x"}, "body.promt", 'did you mean "prompt"?'),
     (NATIVE, {"isolated": True}, "body.isolated", "not known"), (NATIVE, {"prompt": " \n"}, "body.prompt", "blanks"),
@@ -122,7 +122,8 @@ def test_no_depth_is_a_defect_of_ours(client: Client, path: str, wrap: Callable[
     (OPENAI, {"messages": [{"role": "user", "content": [{"type": "text"}, {"type": "file"}]}]},
      "messages[0].content[1].type", '"file" is not supported'),
     (OPENAI, {"stream": "yes"}, "stream", "true or false"), (OPENAI, {"stop": list("abcde")}, "stop", "at most 4"),
-    (OPENAI, {"clinvk": {"promt": "x"}}, "clinvk.promt", 'did you mean "prompt"?'),
+    (OPENAI, {"clinvk": {"wrokdir": "x"}}, "clinvk.wrokdir", 'did you mean "workdir"?'),
+    (OPENAI, {"clinvk": {"prompt": "x"}}, "clinvk.prompt", "can not be set here"),
     (ANTHROPIC, {"max_tokens": None}, "max_tokens", "is required"),
     (ANTHROPIC, {"max_tokens": 0}, "max_tokens", "at least 1"),
     (ANTHROPIC, {"messages": [{"role": "user"}]}, "messages[0].content", "is required"),

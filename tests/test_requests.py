@@ -104,7 +104,8 @@ def test_a_fault_deep_in_a_conversation_is_named_by_its_path(messages: Any, plac
     assert [p for p, _ in problems(clinvk.ChatRequest, {"model": "echo", "messages": messages})] == [place]
 
 
-@pytest.mark.parametrize("body, place", [({}, "messages"), ({"messages": []}, "messages"), ({"input": "hi"}, "input"),
+@pytest.mark.parametrize("body, place", [({}, "messages"), ({"messages": []}, "messages"),
+                                         ({"input": "hi"}, "messages"),
                                          ({"messages": [{"role": "system", "content": "s"}]}, "messages")])
 def test_a_chat_without_a_message_of_the_user_is_refused(body: Any, place: str, config: clinvk.Config) -> None:
     with pytest.raises(clinvk.Invalid) as refused:
@@ -394,7 +395,8 @@ def test_what_can_not_be_a_prompt_of_openai_is_refused_by_its_place(
     ([says("assistant", "a"), USER], {}, "messages[0].role"), ([says("user", "")], {}, "messages"),
     ([says("user", [{"type": "video"}])], {}, "messages[0].content[0].type"),
     ([says("user", [{"type": "document", "source": {"type": "url", "url": "x"}}])], {},
-     "messages[0].content[0].source"),
+     "messages[0].content[0].source.type"),
+    ([says("user", [{"type": "document"}])], {}, "messages[0].content[0].source"),
     ([says("user", [{**RESULT, "content": [text_part("a"), {"type": "video"}]}])], {},
      "messages[0].content[0].content[1].type"),
     ([USER], {"system": [{"type": "video"}]}, "system[0].type"), ([USER], {"max_tokens": 0}, "max_tokens"),
