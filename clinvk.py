@@ -16,12 +16,14 @@ import functools
 import hashlib
 import hmac
 import http
+import inspect
 import ipaddress
 import itertools
 import json
 import logging
 import math
 import os
+import pkgutil
 import platform
 import queue
 import re
@@ -41,9 +43,10 @@ import uuid
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import (Any, Callable, ClassVar, Container, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List,
-                    Mapping, NamedTuple, NoReturn, Optional, Pattern, Protocol, Sequence, Set, Tuple, Type, TypeVar,
-                    Union, cast, get_args, get_origin, get_type_hints)
+from typing import (Annotated, Any, Callable, ClassVar, Container, Deque, Dict, FrozenSet, Generator, Iterable,
+                    Iterator, List, Literal, Mapping, NamedTuple, NoReturn, Optional, Pattern, Protocol, Sequence, Set,
+                    Tuple, Type, TypedDict, TypeVar, Union, cast, get_args, get_origin, get_type_hints)
+
 
 import bottle
 import waitress.channel
@@ -211,14 +214,15 @@ Model = TypeVar("Model")
 def param(default: Any = dataclasses.MISSING, *, doc: str = "", minimum: Optional[float] = None,
           maximum: Optional[float] = None, above: Optional[float] = None, choices: Sequence[Any] = (),
           longest: Optional[int] = None, not_empty: bool = False, not_blank: bool = False, free_text: bool = False,
-          flag_value: bool = False, shape: Optional[Json] = None) -> Any:
+          flag_value: bool = False, directory: bool = False, shape: Optional[Json] = None) -> Any:
     """A field that may come over the wire. `default` is a value, or list, dict or a dataclass to make one of.
 
     `free_text` is for what never reaches a command line or a file name: NUL is allowed in it. `flag_value` is for what
-    follows a flag there: it must not be taken for another one. `shape` is JSON Schema for what other code checks."""
+    follows a flag there: it must not be taken for another one. A `directory` is an absolute path. `shape` is JSON
+    Schema for what other code checks."""
     rules = {"doc": doc, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices, "longest": longest,
              "not_empty": not_empty, "not_blank": not_blank, "free_text": free_text, "flag_value": flag_value,
-             "shape": shape or {}, "wire": True}
+             "directory": directory, "shape": shape or {}, "wire": True}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=rules)
     return dataclasses.field(default=default, metadata=rules)
@@ -385,6 +389,8 @@ def text_fault(value: str, rules: Mapping[str, Any]) -> str:
         return "must have more than blanks"
     if rules["flag_value"] and value.startswith("-"):
         return "must not begin with a dash"
+    if rules["directory"] and not os.path.isabs(value):
+        return "must be an absolute path"
     if "\0" in value and not rules["free_text"]:
         return "must not contain a NUL character"
     return ""
@@ -491,8 +497,8 @@ class ServerConfig:
     cors_allow_credentials: bool = param(False)
     cors_max_age: int = param(300, minimum=0)
     allowed_hosts: List[str] = param(list)
-    allowed_workdir_prefixes: List[str] = param(list)
-    blocked_workdir_prefixes: List[str] = param(list)
+    allowed_workdir_prefixes: List[str] = param(list, directory=True)
+    blocked_workdir_prefixes: List[str] = param(list, directory=True)
     metrics_enabled: bool = param(False)
     model_aliases: Dict[str, str] = param(dict)
     compat_mode: str = param("model", choices=("model", "agent"))
@@ -656,10 +662,6 @@ def refuse_contradictions(config: Config, source: Callable[[str], str]) -> None:
         if backend.command in ([""], [" "]) or any(not re.fullmatch(r"[^=\0]+", variable) for variable in backend.env):
             raise ConfigError(f"{source('')}: backends.{name}: command and the names in env must not be empty, and a "
                               "name has no '='")
-    for key in ("allowed_workdir_prefixes", "blocked_workdir_prefixes"):
-        for prefix in getattr(config.server, key):
-            if not os.path.isabs(prefix):
-                raise ConfigError(f"{source('server.' + key)}: server.{key}: {prefix!r} must be an absolute path")
     refuse_origins(config.server, source)
     for network in config.server.trusted_proxies:
         try:
@@ -698,8 +700,7 @@ def value_at(config: Any, key: str) -> Any:
 # ==== Requests ====================================================================================
 # In: a client's JSON object. Out: a PromptRequest, the one thing that every backend understands.
 
-DIRECTORY = {"format": "directory", "pattern": "^/"}  # of this machine
-NEVER = {"const": False}
+NEVER = {"enum": [False]}
 DRY = "Nothing runs; each answer is the command line that would."
 STREAM = "Answer NDJSON: every run's events as they happen, and the whole answer as the last line."
 
@@ -712,7 +713,7 @@ class PromptRequest:
     prompt: str = param(not_blank=True, free_text=True, doc="What the CLI is asked.")
     model: Optional[str] = param(None, flag_value=True, doc="Passed to the CLI; `fast`, `balanced` and `best` are "
                                  "aliases of the config.")
-    workdir: Optional[str] = param(None, shape=DIRECTORY, doc="Where the CLI runs: the absolute path of a directory "
+    workdir: Optional[str] = param(None, directory=True, doc="Where the CLI runs: the absolute path of a directory "
                                    "that is there, and that the config allows. Default: the server's own.")
     session_id: Optional[str] = param(None, not_empty=True, doc="Continue that session: its id, or the first of its "
                                       "digits. Its workdir and model are taken over.")
@@ -747,9 +748,15 @@ class PromptRequest:
 
 
 @dataclass(frozen=True)
+class Task(PromptRequest):
+    """One of several runs."""
+    session_id: Optional[str] = internal(None)
+
+
+@dataclass(frozen=True)
 class ParallelRequest:
     """Several runs at once. None of them keeps a session."""
-    tasks: List[PromptRequest] = param(not_empty=True, longest=100, doc="What is to run.")
+    tasks: List[Task] = param(not_empty=True, longest=100, doc="What is to run.")
     max_parallel: Optional[int] = param(None, minimum=1, doc="How many run at once. Default: parallel.max_workers "
                                         "of the config.")
     fail_fast: Optional[bool] = param(None, doc="After a failure end the others. Default: "
@@ -759,7 +766,7 @@ class ParallelRequest:
 
 
 @dataclass(frozen=True)
-class ChainStep(PromptRequest):
+class ChainStep(Task):
     """One step: `{{previous}}` in its prompt is the last step's output."""
     name: str = param("", doc="Shown in the answer.")
     output_format: str = internal("default")
@@ -783,7 +790,7 @@ class CompareRequest:
     backends: List[str] = param(not_empty=True, longest=100, doc="Names of configured backends.")
     prompt: str = param(not_blank=True, free_text=True, doc="What they are asked.")
     model: Optional[str] = param(None, flag_value=True, doc="Passed to each CLI, or an alias of the config.")
-    workdir: Optional[str] = param(None, shape=DIRECTORY, doc="Where they run.")
+    workdir: Optional[str] = param(None, directory=True, doc="Where they run.")
     sequential: bool = param(False, doc="One after the other.")
     dry_run: bool = param(False, doc=DRY)
     stream: bool = param(False, doc=STREAM)
@@ -1011,7 +1018,7 @@ class Compat(Open):
 NOT_BLANK = r"[^\s\x1c-\x1f]"
 SOME_TEXT = {"anyOf": [{"type": "string", "pattern": NOT_BLANK}, {"type": "array", "contains": {
     "type": "object", "required": ["type", "text"],
-    "properties": {"type": {"const": "text"}, "text": {"type": "string", "pattern": NOT_BLANK}}}}]}
+    "properties": {"type": {"enum": ["text"]}, "text": {"type": "string", "pattern": NOT_BLANK}}}}]}
 SAYS_SOMETHING = {"contains": {"type": "object", "required": ["role", "content"], "properties": {
     "role": {"enum": ["user", "assistant", "tool"]}, "content": SOME_TEXT}}}
 LENIENT = "Accepted and without effect."
@@ -1032,10 +1039,10 @@ class ChatRequest(Compat):
     max_tokens: Optional[int] = param(None, minimum=1, doc="Of the answer, where the CLI can.")
     max_completion_tokens: Optional[int] = param(None, minimum=1, doc="As max_tokens, which it outdoes.")
     reasoning_effort: str = param("", doc="low, medium, high ...: where the CLI can.")
-    response_format: Optional[Dict[str, Any]] = param(None, shape={"properties": {"type": {"const": "text"}}})
+    response_format: Optional[Dict[str, Any]] = param(None, shape={"properties": {"type": {"enum": ["text"]}}})
     tools: List[Any] = param(list, doc="Not offered to the CLI in this version.")
-    tool_choice: Any = param(None, shape={"enum": ["auto", "none", None]})
-    logprobs: bool = param(False, shape={"const": False})
+    tool_choice: Any = param(None, shape={"enum": ["auto", "none"]})
+    logprobs: bool = param(False, shape=NEVER)
     user: Any = param(None, doc=LENIENT)
     metadata: Any = param(None, doc=LENIENT)
     clinvk: Optional[AgentOptions] = param(None)
@@ -1101,7 +1108,7 @@ class ToolResultBlock(Open):
     """What a client's tool answered."""
     type: str = param(choices=("tool_result",))
     tool_use_id: str = param("")
-    content: Content = param(None, free_text=True)
+    content: Union[None, str, List[Union[TextBlock, DocumentBlock, SearchResultBlock]]] = param(None, free_text=True)
     is_error: bool = param(False)
     cache_control: Any = param(None, doc=LENIENT)
 
@@ -1134,7 +1141,7 @@ class TextSource(Open):
 class ContentSource(Open):
     """A document in blocks."""
     type: str = param(choices=("content",))
-    content: Content = param(None, free_text=True)
+    content: Union[None, str, List[TextBlock]] = param(None, free_text=True)
 
 
 @dataclass(frozen=True)
@@ -1159,7 +1166,7 @@ class SearchResultBlock(Open):
     type: str = param(choices=("search_result",))
     source: str = param("", free_text=True)
     title: str = param("", free_text=True)
-    content: Content = param(None, free_text=True)
+    content: Union[None, str, List[TextBlock]] = param(None, free_text=True)
     citations: Any = param(None, doc=LENIENT)
     cache_control: Any = param(None, doc=LENIENT)
 
@@ -1169,10 +1176,9 @@ class SearchResultBlock(Open):
 
 
 Block = Union[TextBlock, ToolUseBlock, ToolResultBlock, ThinkingBlock, DocumentBlock, SearchResultBlock]
-Content = Union[None, str, List[Block]]
 
 
-def content_pieces(content: Content) -> List[Piece]:
+def content_pieces(content: Union[None, str, Sequence[Block]]) -> List[Piece]:
     """A content as it stands in a prompt."""
     if content is None or isinstance(content, str):
         return [Piece(content or "")]
@@ -1204,7 +1210,7 @@ class ThinkingParam(Open):
 class OutputConfigParam(Open):
     """How hard the CLI is to try, where it can."""
     effort: str = param("")
-    format: Any = param(None, shape={"const": None})
+    format: Any = param(None, shape={"enum": [None]})
 
 
 SOME_TEXT_TURN = {"contains": {"type": "object", "required": ["role", "content"],
@@ -1226,7 +1232,7 @@ class MessagesRequest(Compat):
     thinking: Optional[ThinkingParam] = param(None)
     tools: List[Any] = param(list, doc="Not offered to the CLI in this version.")
     tool_choice: Optional[Dict[str, Any]] = param(None, shape={"properties": {"type": {"enum": ["auto", "none"]}}})
-    output_format: Any = param(None, shape={"const": None})
+    output_format: Any = param(None, shape={"enum": [None]})
     output_config: Optional[OutputConfigParam] = param(None)
     clinvk: Optional[AgentOptions] = param(None)
     unknown: Tuple[str, ...] = internal(())
@@ -1303,7 +1309,15 @@ class Usage:
         return max(0, self.input_tokens - beside)
 
 
-def native_usage(usage: Usage) -> Dict[str, int]:
+class TokenCounts(TypedDict):
+    """Tokens, as the provider counts them."""
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    reasoning_tokens: int
+
+
+def native_usage(usage: Usage) -> TokenCounts:
     """The four counts of /api/v1."""
     return {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens,
             "cached_tokens": usage.cached_tokens, "reasoning_tokens": usage.reasoning_tokens}
@@ -1520,7 +1534,7 @@ class Backend:
     honours: ClassVar[FrozenSet[str]] = frozenset()  # request fields; others that are set come back as `ignored`
     EFFORTS: ClassVar[Container[str]] = ()  # how hard the CLI can be told to think
     extra_flags: ClassVar[Dict[str, bool]] = {}  # what `extra` may hold -> whether a value follows
-    streams: ClassVar[str] = "deltas"
+    streams: ClassVar[Literal["deltas", "messages"]] = "deltas"
     remembers: ClassVar[bool] = True  # whether it can go on with a conversation
     stores_at_exit: ClassVar[bool] = False  # whether a conversation is whole, and free for another process, only then
     noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
@@ -3642,7 +3656,7 @@ class Session:
 
     def ended(self, usage: Optional[Usage], *, failed: bool) -> Session:
         """After a turn, and its counts."""
-        counts = {} if usage is None else native_usage(usage)
+        counts: Mapping[str, Any] = {} if usage is None else native_usage(usage)
         total = {**self.token_usage, **{name: self.token_usage.get(name, 0) + n for name, n in counts.items()}}
         return dataclasses.replace(self, status="error" if failed else "completed", turn="", last_used=time.time(),
                                    turn_count=self.turn_count + 1, token_usage=total)
@@ -4195,6 +4209,455 @@ def in_turn(count: int, start: StartTask, whole: Stop, *, stop_on_failure: bool)
         whole.allow(math.inf)
 
 
+# ==== Answers =====================================================================================
+# In: nothing. Out: the shapes of what clients are answered. Renderers and routes make them, /openapi.json tells them.
+
+Timestamp = Annotated[str, "RFC 3339, UTC", {"format": "date-time"}]
+Ms = Annotated[int, "milliseconds"]
+
+
+# ---- /api/v1 and meta
+
+class Ended(TypedDict):
+    backend: str
+    exit_code: Annotated[int, "0: success; -1: clinvk ended the run"]
+    duration_ms: Ms
+    output: Annotated[str, "the final answer, or what there was of it"]
+
+
+class PromptAnswer(Ended, total=False):
+    """How a run ended. What does not apply is left out."""
+    session_id: Annotated[str, "continue the conversation with it; absent if nothing is stored"]
+    model: str
+    token_usage: Annotated[TokenCounts, "of this run alone"]
+    cost_usd: float
+    error: Annotated[str, "why the run failed"]
+    ignored: Annotated[List[str], "fields of the request that the CLI has no way to do"]
+
+
+class ParallelAnswer(TypedDict):
+    """How several runs ended."""
+    total_tasks: int
+    completed: int
+    failed: int
+    total_duration_ms: Ms
+    results: Annotated[List[PromptAnswer], "in the order of the tasks"]
+
+
+class StepAnswer(PromptAnswer):
+    """How a step of a chain ended."""
+    step: Annotated[int, "from 1"]
+    name: str
+
+
+class ChainEnded(TypedDict):
+    total_steps: int
+    completed_steps: int
+    total_duration_ms: Ms
+    results: List[StepAnswer]
+
+
+class ChainAnswer(ChainEnded, total=False):
+    """How the steps of a chain ended."""
+    failed_step: Annotated[int, "the first that failed, from 1; absent if none has"]
+
+
+class CompareAnswer(TypedDict):
+    """How several backends answered one prompt."""
+    prompt: str
+    backends: List[str]
+    total_duration_ms: Ms
+    results: Annotated[List[PromptAnswer], "in the order of the backends; `model` is always there"]
+
+
+class MessageContent(TypedDict):
+    """A piece of an answer, or with `is_partial` false the whole of one."""
+    text: str
+    role: Literal["assistant"]
+    is_partial: bool
+
+
+class ErrorContent(TypedDict):
+    """Why the run failed."""
+    code: str
+    message: str
+    details: Annotated[str, "what the CLI wrote about it"]
+
+
+class DoneContent(TypedDict):
+    """How the run ended."""
+    exit_code: Annotated[int, "0: success; -1: clinvk ended the run"]
+    duration_ms: Ms
+    output: Annotated[str, "the final answer: the text of all `message` events since it began"]
+    token_usage: Optional[TokenCounts]
+    cost_usd: Optional[float]
+    turn_count: Optional[int]
+
+
+class EventLineHead(TypedDict):
+    backend: str
+    session_id: Annotated[str, "empty if nothing is stored"]
+    timestamp: Timestamp
+    sequence: Annotated[int, "from 1, without gaps"]
+
+
+class EventLine(EventLineHead, total=False):
+    """One line of a stream: a step of a run."""
+    task: Annotated[int, "in a fan-out: the run's index, from 0"]
+
+
+class SummaryLine(TypedDict):
+    """The last line of a fan-out's stream, with the whole answer."""
+    type: Literal["summary"]
+    sequence: int
+
+
+# The `type` of an event line -> its `content`.
+EVENT_CONTENTS: Dict[str, Any] = {
+    "init": Init, "message": MessageContent, "thinking": Thinking, "tool_use": ToolUse, "tool_result": ToolResult,
+    "token_usage": TokenCounts, "progress": Progress, "error": ErrorContent, "done": DoneContent}
+
+
+class BackendState(TypedDict):
+    """A configured backend."""
+    name: str
+    available: Annotated[bool, "its program is on PATH"]
+    enabled: bool
+    version: Annotated[str, "empty until it has been looked up"]
+    path: str
+    default_model: Annotated[str, "empty: the CLI's own"]
+    streams: Annotated[Literal["deltas", "messages"], "what its answers come in"]
+
+
+class Backends(TypedDict):
+    """Every configured backend, in a stable order."""
+    backends: List[BackendState]
+
+
+class SessionState(TypedDict):
+    """A conversation."""
+    id: Annotated[str, "32 hex digits"]
+    backend: str
+    created_at: Timestamp
+    last_used: Timestamp
+    working_dir: str
+    model: str
+    title: Annotated[str, "the first line of the first prompt, at most 50 characters"]
+    tags: List[str]
+    metadata: Dict[str, str]
+    initial_prompt: str
+    status: Annotated[str, "of its last turn", {"enum": list(STATUSES)}]
+    turn_count: int
+    token_usage: Annotated[TokenCounts, "of all turns"]
+    backend_session_id: Annotated[str, "what its CLI calls the conversation"]
+    error_message: Annotated[str, "of its last turn"]
+
+
+class SessionList(TypedDict):
+    """Some of the sessions, last used first."""
+    sessions: List[SessionState]
+    total: Annotated[int, "how many there are"]
+    limit: int
+    offset: int
+
+
+class SessionGone(TypedDict):
+    deleted: Literal[True]
+    id: str
+
+
+class SessionDeleted(SessionGone, total=False):
+    """A session is gone."""
+    warning: Annotated[str, "what its CLI has kept of it, and why"]
+
+
+class BackendHealth(TypedDict):
+    """Whether the program of an enabled backend is there."""
+    name: str
+    available: bool
+
+
+class StoreHealth(TypedDict):
+    """Whether sessions can be stored."""
+    available: bool
+    session_count: Optional[int]
+    error: Optional[str]
+
+
+class RunsState(TypedDict):
+    """Runs now: those that go on, those that wait, and how many may go on at once."""
+    active: int
+    waiting: int
+    limit: int
+
+
+class Health(TypedDict):
+    """Whether the server can do its work."""
+    status: Annotated[Literal["ok", "degraded", "unhealthy"],
+                      "degraded: an enabled backend is missing; unhealthy: sessions can not be stored"]
+    version: str
+    uptime: Annotated[str, "such as 2m31s"]
+    uptime_ms: Ms
+    backends: List[BackendHealth]
+    session_store: StoreHealth
+    runs: RunsState
+
+
+class Fault(TypedDict):
+    """What is wrong with one field."""
+    location: Annotated[str, "such as body.tasks[3].backend"]
+    message: str
+    value: Annotated[Union[None, str, int, float, bool], "what was sent, if that is short"]
+
+
+class NativeErrorHead(TypedDict):
+    type: Literal["about:blank"]
+    title: str
+    status: int
+    detail: Annotated[str, "what was wrong, and what to do"]
+    errors: List[Fault]
+
+
+class NativeError(NativeErrorHead, total=False):
+    """Why there is no answer (RFC 9457)."""
+    error: Literal["unauthorized", "too_many_requests"]
+    message: str
+
+
+# ---- OpenAI
+
+class OpenAIModel(TypedDict):
+    """Something that `model` can be."""
+    id: str
+    object: Literal["model"]
+    created: Annotated[int, "seconds since 1970"]
+    owned_by: str
+
+
+class OpenAIModels(TypedDict):
+    """What `model` can be."""
+    object: Literal["list"]
+    data: List[OpenAIModel]
+
+
+class CachedTokens(TypedDict):
+    cached_tokens: int
+
+
+class ReasoningTokens(TypedDict):
+    reasoning_tokens: int
+
+
+class OpenAIUsage(TypedDict):
+    """Tokens, as the CLI counts them; else an estimate of 4 characters a token."""
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens
+
+
+class ChatAnswerHead(TypedDict):
+    role: Literal["assistant"]
+    content: Optional[str]
+    refusal: Optional[str]
+
+
+class ChatAnswer(ChatAnswerHead, total=False):
+    """What the CLI answered."""
+    reasoning_content: Annotated[str, "its thinking"]
+
+
+class ChatChoice(TypedDict):
+    """One answer."""
+    index: int
+    message: ChatAnswer
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    logprobs: None
+
+
+class ChatCompletionHead(TypedDict):
+    id: str
+    created: Annotated[int, "seconds since 1970"]
+    model: Annotated[str, "as the request names it"]
+    system_fingerprint: str
+
+
+class ChatCompletion(ChatCompletionHead):
+    """A chat completion."""
+    object: Literal["chat.completion"]
+    choices: List[ChatChoice]
+    usage: OpenAIUsage
+
+
+class ChatDelta(TypedDict, total=False):
+    """What this chunk adds to the answer."""
+    role: Literal["assistant"]
+    content: str
+    reasoning_content: str
+
+
+class ChatChunkChoice(TypedDict):
+    """What this chunk adds to one answer."""
+    index: int
+    delta: ChatDelta
+    finish_reason: Optional[Literal["stop", "length", "tool_calls"]]
+    logprobs: None
+
+
+class ChatChunkBody(ChatCompletionHead):
+    object: Literal["chat.completion.chunk"]
+    choices: List[ChatChunkChoice]
+
+
+class ChatCompletionChunk(ChatChunkBody, total=False):
+    """The data of one event. `data: [DONE]` is the last; a line that begins with a colon only keeps the connection."""
+    usage: Annotated[Optional[OpenAIUsage], "with stream_options.include_usage: in the last chunk, that has no choices"]
+
+
+class OpenAIErrorBody(TypedDict):
+    message: Annotated[str, "what was wrong, and what to do"]
+    type: str
+    param: Optional[str]
+    code: Optional[str]
+
+
+class OpenAIError(TypedDict):
+    """Why there is no answer."""
+    error: OpenAIErrorBody
+
+
+# ---- Anthropic
+
+class AnthropicModel(TypedDict):
+    """Something that `model` can be."""
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: Timestamp
+
+
+class AnthropicModels(TypedDict):
+    """What `model` can be."""
+    data: List[AnthropicModel]
+    has_more: bool
+    first_id: Optional[str]
+    last_id: Optional[str]
+
+
+class AnthropicUsage(TypedDict):
+    """Tokens, as the CLI counts them; else an estimate of 4 characters a token."""
+    input_tokens: Annotated[int, "what came from no cache"]
+    output_tokens: int
+    cache_read_input_tokens: int
+    cache_creation_input_tokens: int
+
+
+class TextAnswer(TypedDict):
+    """What the CLI answered."""
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingAnswer(TypedDict):
+    """What the CLI thought."""
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
+StopReason = Literal["end_turn", "stop_sequence", "max_tokens", "tool_use"]
+
+
+class StopAnswer(TypedDict):
+    """Why the answer ends."""
+    stop_reason: Optional[StopReason]
+    stop_sequence: Optional[str]
+
+
+class AnthropicMessage(StopAnswer):
+    """A message of the assistant's."""
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: Annotated[str, "as the request names it"]
+    content: List[Union[TextAnswer, ThinkingAnswer]]
+    usage: AnthropicUsage
+
+
+class MessageStart(TypedDict):
+    """The answer begins."""
+    type: Literal["message_start"]
+    message: AnthropicMessage
+
+
+class BlockStart(TypedDict):
+    """A block of the answer begins."""
+    type: Literal["content_block_start"]
+    index: int
+    content_block: Union[TextAnswer, ThinkingAnswer]
+
+
+class TextDelta(TypedDict):
+    type: Literal["text_delta"]
+    text: str
+
+
+class ThinkingDelta(TypedDict):
+    type: Literal["thinking_delta"]
+    thinking: str
+
+
+class SignatureDelta(TypedDict):
+    type: Literal["signature_delta"]
+    signature: str
+
+
+class BlockDelta(TypedDict):
+    """A piece of the block."""
+    type: Literal["content_block_delta"]
+    index: int
+    delta: Union[TextDelta, ThinkingDelta, SignatureDelta]
+
+
+class BlockStop(TypedDict):
+    """The block is complete."""
+    type: Literal["content_block_stop"]
+    index: int
+
+
+class MessageDelta(TypedDict):
+    """Why the answer ends, and its token counts."""
+    type: Literal["message_delta"]
+    delta: StopAnswer
+    usage: AnthropicUsage
+
+
+class BareEvent(TypedDict):
+    """`ping` keeps the connection; after `message_stop` comes nothing."""
+    type: Literal["ping", "message_stop"]
+
+
+class AnthropicErrorBody(TypedDict):
+    type: str
+    message: Annotated[str, "what was wrong, and what to do"]
+
+
+class AnthropicError(TypedDict):
+    """Why there is no answer, or no more of it."""
+    type: Literal["error"]
+    error: AnthropicErrorBody
+    request_id: str
+
+
+MessageEvent = Union[MessageStart, BlockStart, BlockDelta, BlockStop, MessageDelta, BareEvent, AnthropicError]
+
+
+class TokenEstimate(TypedDict):
+    """About how many tokens a request has: 4 characters a token."""
+    input_tokens: int
+
+
 # ==== Renderers ===================================================================================
 # In: a Result, or events as they come. Out: the bytes of one API's answers, streams and errors.
 
@@ -4258,6 +4721,8 @@ class Renderer:
     `stream` is given events that begin with the answer's first and end with Done; a Failure in them becomes the
     API's own kind of error in the stream. Both must leave `events` to their caller to close."""
     stream_type = "text/event-stream"
+    error_type = JSON_TYPE
+    error_answer: ClassVar[Any]
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
@@ -4269,8 +4734,12 @@ class Renderer:
         raise NotImplementedError
 
     @classmethod
-    def error(cls, error: ClinvkError, request_id: str) -> Tuple[int, str, Json]:
-        """Status, content type and body."""
+    def status(cls, error: Union[ClinvkError, Type[ClinvkError]]) -> int:
+        return error.status
+
+    @classmethod
+    def error(cls, error: ClinvkError, request_id: str) -> Any:
+        """The body that tells of it, an `error_answer`."""
         raise NotImplementedError
 
     @classmethod
@@ -4294,6 +4763,8 @@ class Renderer:
 class Native(Renderer):
     """SPEC 2.1: one JSON object, or NDJSON events."""
     stream_type = "application/x-ndjson"
+    error_type = "application/problem+json"
+    error_answer = NativeError
 
     def __init__(self, asked: Asked, backend: str, ignored: Sequence[str] = (), session_id: str = "") -> None:
         super().__init__(asked)
@@ -4331,13 +4802,19 @@ class Native(Renderer):
         return [*spliced({**line, "content": done_content(result, text)}, {text: list(result.final)}), b"\n"]
 
     @classmethod
-    def error(cls, error: ClinvkError, request_id: str) -> Tuple[int, str, Json]:
-        status = error.native_status or error.status
-        body: Json = {"type": "about:blank", "title": http.HTTPStatus(status).phrase, "status": status,
-                      "detail": str(error), "errors": [p._asdict() for p in error.problems]}
+    def status(cls, error: Union[ClinvkError, Type[ClinvkError]]) -> int:
+        return error.native_status or error.status
+
+    @classmethod
+    def error(cls, error: ClinvkError, request_id: str) -> NativeError:
+        status = cls.status(error)
+        body: NativeError = {
+            "type": "about:blank", "title": http.HTTPStatus(status).phrase, "status": status, "detail": str(error),
+            "errors": [{"location": p.location, "message": p.message, "value": p.value} for p in error.problems]}
         if status in (401, 429):
-            body.update(error="unauthorized" if status == 401 else "too_many_requests", message=str(error))
-        return status, "application/problem+json", body
+            body["error"] = "unauthorized" if status == 401 else "too_many_requests"
+            body["message"] = str(error)
+        return body
 
 
 class Several:
@@ -4374,24 +4851,25 @@ class Several:
         yield b"\n"
 
 
+# The keys of EVENT_CONTENTS.
 EVENT_NAMES = {Init: "init", Message: "message", Thinking: "thinking", ToolUse: "tool_use", ToolResult: "tool_result",
                TokenUsage: "token_usage", Progress: "progress", Failure: "error", Done: "done"}
 
 
-def event_content(event: Event) -> Json:
+def event_content(event: Event) -> Mapping[str, Any]:
     if isinstance(event, Message):
         return {"text": event.text, "role": "assistant", "is_partial": event.is_partial}
     if isinstance(event, TokenUsage):
         return native_usage(event.usage)
     if isinstance(event, Failure):
         return {"code": event.error.code, "message": str(event.error), "details": event.error.details}
-    return dict(vars(event))
+    return vars(event)
 
 
-def done_content(result: Result, text: str) -> Json:
+def done_content(result: Result, text: str) -> DoneContent:
     done = result.done
     return {"exit_code": done.exit_code, "duration_ms": done.duration_ms, "output": text,
-            "token_usage": result.usage and native_usage(result.usage), "cost_usd": done.cost_usd,
+            "token_usage": native_usage(result.usage) if result.usage else None, "cost_usd": done.cost_usd,
             "turn_count": done.turn_count}
 
 
@@ -4399,6 +4877,7 @@ def done_content(result: Result, text: str) -> Json:
 
 class OpenAI(Renderer):
     """SPEC 2.4: chat completions."""
+    error_answer = OpenAIError
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
@@ -4431,7 +4910,7 @@ class OpenAI(Renderer):
             elif isinstance(event, Progress):
                 yield b": keepalive\n\n"
             elif isinstance(event, Failure):
-                yield server_sent(self.error(event.error, self.asked.request_id)[2])
+                yield server_sent(self.error(event.error, self.asked.request_id))
                 return
             elif isinstance(event, Done):
                 yield self.chunk({}, FINISH_REASONS[event.stop])
@@ -4450,10 +4929,10 @@ class OpenAI(Renderer):
         return server_sent(chunk)
 
     @classmethod
-    def error(cls, error: ClinvkError, request_id: str) -> Tuple[int, str, Json]:
+    def error(cls, error: ClinvkError, request_id: str) -> OpenAIError:
         kind, code = error.openai
         param = error.problems[0].location if error.problems else None
-        return error.status, JSON_TYPE, {"error": {"message": error.whole, "type": kind, "param": param, "code": code}}
+        return {"error": {"message": error.whole, "type": kind, "param": param, "code": code}}
 
 
 FINISH_REASONS = {"end": "stop", "length": "length", "sequence": "stop"}
@@ -4465,7 +4944,7 @@ def server_sent(value: Any, event: str = "") -> bytes:
     return head + b"data: " + to_json(value) + b"\n\n"
 
 
-def openai_usage(usage: Usage) -> Json:
+def openai_usage(usage: Usage) -> OpenAIUsage:
     return {"prompt_tokens": usage.all_input, "completion_tokens": usage.output_tokens,
             "total_tokens": usage.all_input + usage.output_tokens,
             "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
@@ -4476,6 +4955,7 @@ def openai_usage(usage: Usage) -> Json:
 
 class Anthropic(Renderer):
     """SPEC 2.5: messages."""
+    error_answer = AnthropicError
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
@@ -4512,7 +4992,7 @@ class Anthropic(Renderer):
             elif isinstance(event, Progress):
                 yield server_sent({"type": "ping"}, "ping")
             elif isinstance(event, Failure):
-                yield server_sent(self.error(event.error, self.asked.request_id)[2], "error")
+                yield server_sent(self.error(event.error, self.asked.request_id), "error")
                 return
             elif isinstance(event, Done):
                 yield from blocks.finish()
@@ -4530,9 +5010,8 @@ class Anthropic(Renderer):
             {"type": "ping"}, "ping")
 
     @classmethod
-    def error(cls, error: ClinvkError, request_id: str) -> Tuple[int, str, Json]:
-        return error.status, JSON_TYPE, {"type": "error", "error": {"type": error.anthropic, "message": error.whole},
-                                         "request_id": request_id}
+    def error(cls, error: ClinvkError, request_id: str) -> AnthropicError:
+        return {"type": "error", "error": {"type": error.anthropic, "message": error.whole}, "request_id": request_id}
 
 
 class Blocks:
@@ -4569,17 +5048,26 @@ class Blocks:
         yield from self.close()
 
 
-STOP_REASONS = {"end": "end_turn", "length": "max_tokens", "sequence": "stop_sequence"}
+STOP_REASONS: Dict[str, StopReason] = {"end": "end_turn", "length": "max_tokens", "sequence": "stop_sequence"}
 
 
-def stop_of(done: Done) -> Json:
+def stop_of(done: Done) -> StopAnswer:
     return {"stop_reason": STOP_REASONS[done.stop], "stop_sequence": done.stop_sequence}
 
 
-def anthropic_usage(usage: Usage) -> Json:
+def anthropic_usage(usage: Usage) -> AnthropicUsage:
     return {"input_tokens": usage.fresh_input, "output_tokens": usage.output_tokens,
             "cache_read_input_tokens": usage.cached_tokens,
             "cache_creation_input_tokens": usage.cache_creation_tokens}
+
+
+# ---- Whose API it is
+
+def renderer_of(path: str, *, speaks_anthropic: bool = False) -> Type[Renderer]:
+    """Whose shape an error on this path takes; both APIs have paths that begin with /v1."""
+    if (speaks_anthropic and path.startswith("/v1/")) or re.match("/anthropic(/|$)|/v1/messages(/|$)", path):
+        return Anthropic
+    return OpenAI if re.match("/openai(/|$)|/v1(/|$)", path) else Native
 
 
 # ---- Stop sequences
@@ -4737,7 +5225,7 @@ def preflight_headers(config: Config, head: Head) -> Dict[str, str]:
 
 
 def check_key(config: Config, head: Head) -> None:
-    if not config.keys or head.path in OPEN_PATHS or is_preflight(head):
+    if not config.keys or is_open(head.path) or is_preflight(head):
         return
     scheme, _, token = head.get("Authorization").partition(" ")
     sent = (head.get("X-Api-Key"), token.strip() if scheme.lower() == "bearer" else "")
@@ -4746,17 +5234,19 @@ def check_key(config: Config, head: Head) -> None:
         raise Unauthorized("send one of the server's API keys as X-Api-Key or as Authorization: Bearer")
 
 
-OPEN_PATHS = ("/health", "/openapi.json", "/docs", "/metrics")
+def is_open(path: str) -> bool:
+    """Whether it needs no key: it neither runs anything nor tells of what has run."""
+    return path in ("/health", "/openapi.json", "/docs", "/metrics") or path.startswith("/docs/")
 
 
-def check_type(config: Config, head: Head) -> None:
+def check_type(head: Head) -> None:
     """JSON must be said: a form or a typeless Blob is what a web page can post without asking first."""
     content_type = head.get("Content-Type").partition(";")[0].strip().lower()
     if head.method == "POST" and content_type != JSON_TYPE:
         raise WrongType(f"send Content-Type: {JSON_TYPE}" + (f", not {content_type}" if content_type else ""))
 
 
-GUARDS: Tuple[Callable[[Config, Head], None], ...] = (check_host, check_origin, check_key, check_type)
+GUARDS: Tuple[Callable[[Config, Head], None], ...] = (check_host, check_origin, check_key)  # `check_type` is by route
 
 
 class RateLimit:
@@ -4833,8 +5323,6 @@ def allowed_workdir(asked: Optional[str], config: Config, at: str) -> str:
         if not os.path.isdir(config.here):
             raise Invalid([Problem(f"{at}.workdir", "is required: the server's own directory is gone")])
         return config.here
-    if not os.path.isabs(asked):
-        raise Invalid([Problem(f"{at}.workdir", "must be an absolute path", asked)])
     resolved, home = os.path.realpath(asked), os.path.realpath(config.environ.get("HOME") or os.path.expanduser("~"))
     if not os.path.isdir(resolved):
         raise Invalid([Problem(f"{at}.workdir", "must be an existing directory", asked)])
@@ -5102,24 +5590,38 @@ class Answer:
 
 
 class Route(NamedTuple):
+    """An endpoint under its path, and the other paths that clients build."""
     method: str
     patterns: Tuple[str, ...]
     function: Callable[[Server, Call], Answer]
-    body: Optional[type]
+    answer: Any  # the shape of its JSON, or the content type of what is none; None: not to be told of
+    body: Optional[type]  # the model of its request
     where: str  # what the path of a faulty field begins with
-    query: Optional[type]
+    query: Optional[type]  # the model of its query; one that no route asks for means nothing: SDKs add some
+    events: Any  # the shape of each event, if it can be told to stream
+    errors: Tuple[Type[ClinvkError], ...]  # besides those of every route
+    headers: Tuple[str, ...]  # that its answer may have, of HEADERS
+    example: Optional[Json]  # a request
+    statuses: Tuple[int, ...]  # that its answer may have
+
+    @property
+    def path(self) -> str:
+        """The first of its paths, as people write it."""
+        return re.sub("<name(:path)?>", "{id}", self.patterns[0])
 
 
 ROUTES: List[Route] = []
 Endpoint = Callable[[Server, Call], Answer]
 
 
-def route(method: str, *patterns: str, body: Optional[type] = None, where: str = "",
-          query: Optional[type] = None) -> Callable[[Endpoint], Endpoint]:
-    """Register an endpoint under its path and the other paths that clients build. A query that no route asks for means
-    nothing: SDKs add some."""
+def route(method: str, *patterns: str, answer: Any, body: Optional[type] = None, where: str = "",
+          query: Optional[type] = None, events: Any = None, errors: Tuple[Type[ClinvkError], ...] = (),
+          headers: Tuple[str, ...] = (), example: Optional[Json] = None,
+          statuses: Tuple[int, ...] = (200,)) -> Callable[[Endpoint], Endpoint]:
+    """Register an endpoint."""
     def add(function: Endpoint) -> Endpoint:
-        ROUTES.append(Route(method, patterns, function, body, where, query))
+        ROUTES.append(Route(method, patterns, function, answer, body, where, query, events, errors, headers, example,
+                            statuses))
         return function
     return add
 
@@ -5131,9 +5633,11 @@ def json_answer(value: Any, status: int = 200, **headers: str) -> Answer:
     return Answer([to_json(value)], status, headers={name.replace("_", "-"): text for name, text in headers.items()})
 
 
-@route("POST", "/api/v1/prompt", body=PromptRequest, where="body")
+@route("POST", "/api/v1/prompt", body=PromptRequest, where="body", answer=PromptAnswer, events=EventLine,
+       errors=(Invalid, NotFound, Conflict, BackendUnavailable, StoreUnavailable, TimedOut, Canceled),
+       example={"backend": "echo", "prompt": "hello", "ephemeral": True})
 def prompt(server: Server, call: Call) -> Answer:
-    """Run one prompt on one backend."""
+    """Run one prompt on one backend. A run that fails is an answer, too: its exit_code is not 0."""
     started = server.start(call.body, call.stop, at="body", prompt_at="body.prompt")
     asked = Asked(started.request.model, len(started.request.prompt), request_id=call.request_id)
     renderer = Native(asked, started.request.backend, started.ignored, started.session_id)
@@ -5142,12 +5646,14 @@ def prompt(server: Server, call: Call) -> Answer:
     return collected(started.events, renderer, {})
 
 
-@route("POST", "/api/v1/parallel", body=ParallelRequest, where="body")
+@route("POST", "/api/v1/parallel", body=ParallelRequest, where="body", answer=ParallelAnswer, events=EventLine,
+       errors=(Invalid, BackendUnavailable, Canceled),
+       example={"tasks": [{"backend": "echo", "prompt": "one"}, {"backend": "echo", "prompt": "two"}]})
 def parallel(server: Server, call: Call) -> Answer:
     """Several runs at once."""
     request, settings = call.body, server.config.parallel
     places = [f"body.tasks[{index}]" for index in range(len(request.tasks))]
-    tasks = [ephemeral(task, request.dry_run, at) for task, at in zip(request.tasks, places)]
+    tasks = [ephemeral(task, dry_run=request.dry_run) for task in request.tasks]
     natives = checked(server, call, tasks, places)
     told = fan_out(len(tasks), starter(server, tasks, places), call.stop,
                    workers=min(request.max_parallel or settings.max_workers, server.slots.limit),
@@ -5160,7 +5666,8 @@ def counted(results: List[Result], answers: List[Json]) -> Json:
     return {"total_tasks": len(results), "completed": len(results) - failed, "failed": failed, "results": answers}
 
 
-@route("POST", "/api/v1/compare", body=CompareRequest, where="body")
+@route("POST", "/api/v1/compare", body=CompareRequest, where="body", answer=CompareAnswer, events=EventLine,
+       errors=(Invalid, BackendUnavailable, Canceled), example={"backends": ["echo"], "prompt": "hello"})
 def compare(server: Server, call: Call) -> Answer:
     """One prompt on several backends."""
     request = call.body
@@ -5180,7 +5687,9 @@ def compare(server: Server, call: Call) -> Answer:
     return shown_as(told, Several(natives, summary), stream=request.stream)
 
 
-@route("POST", "/api/v1/chain", body=ChainRequest, where="body")
+@route("POST", "/api/v1/chain", body=ChainRequest, where="body", answer=ChainAnswer, events=EventLine,
+       errors=(Invalid, BackendUnavailable, Canceled),
+       example={"steps": [{"backend": "echo", "prompt": "one"}, {"backend": "echo", "prompt": "{{previous}}, two"}]})
 def chain(server: Server, call: Call) -> Answer:
     """Several runs one after the other, each with the output of the one before at hand."""
     request = call.body
@@ -5188,7 +5697,7 @@ def chain(server: Server, call: Call) -> Answer:
         raise BadRequest("a chain keeps no session: leave out pass_session_id, persist_sessions and {{session}}; "
                          "{{previous}} is the last step's output")
     places = [f"body.steps[{index}]" for index in range(len(request.steps))]
-    tasks = [ephemeral(step, request.dry_run, at) for step, at in zip(request.steps, places)]
+    tasks = [ephemeral(step, dry_run=request.dry_run) for step in request.steps]
     if request.pass_working_dir:
         for index, task in enumerate(tasks[1:], 1):
             tasks[index] = dataclasses.replace(task, workdir=task.workdir or tasks[index - 1].workdir)
@@ -5229,13 +5738,11 @@ def filled(prompt: str, previous: List[str], limit: int, at: str) -> str:
     return prompt.replace(PREVIOUS, "".join(previous))
 
 
-AnyTask = TypeVar("AnyTask", bound=PromptRequest)
+AnyTask = TypeVar("AnyTask", bound=Task)
 
 
-def ephemeral(task: AnyTask, dry_run: bool, at: str) -> AnyTask:
+def ephemeral(task: AnyTask, *, dry_run: bool) -> AnyTask:
     """A task of a fan-out, which keeps no session."""
-    if task.session_id is not None:
-        raise Invalid([Problem(f"{at}.session_id", "can not be used here: no session is kept", task.session_id)])
     return dataclasses.replace(task, ephemeral=True, dry_run=True if dry_run else task.dry_run)
 
 
@@ -5278,15 +5785,24 @@ def shown_as(told: Generator[Told, None, None], shown: Several, *, stream: bool)
         return Answer(shown.whole(told))
 
 
-@route("POST", "/openai/v1/chat/completions", "/v1/chat/completions", body=ChatRequest)
+CHAT_ERRORS = (Invalid, UnknownModel, NotFound, Conflict, BackendAuth, RateLimited, BackendUnavailable, BackendFailed,
+               StoreUnavailable, TimedOut, Canceled)
+CHAT_HEADERS = ("X-Clinvk-Backend", "X-Clinvk-Ignored")
+
+
+@route("POST", "/openai/v1/chat/completions", "/v1/chat/completions", body=ChatRequest, answer=ChatCompletion,
+       events=ChatCompletionChunk, errors=CHAT_ERRORS, headers=CHAT_HEADERS,
+       example={"model": "echo", "messages": [{"role": "user", "content": "hello"}]})
 def chat_completions(server: Server, call: Call) -> Answer:
-    """OpenAI's chat completions."""
+    """Answer a chat, as OpenAI's API does."""
     return compat(server, call, OpenAI, call.body.stream_options.include_usage)
 
 
-@route("POST", "/anthropic/v1/messages", "/v1/messages", "/anthropic/v1/v1/messages", body=MessagesRequest)
+@route("POST", "/anthropic/v1/messages", "/v1/messages", "/anthropic/v1/v1/messages", body=MessagesRequest,
+       answer=AnthropicMessage, events=MessageEvent, errors=CHAT_ERRORS, headers=CHAT_HEADERS,
+       example={"model": "echo", "max_tokens": 1000, "messages": [{"role": "user", "content": "hello"}]})
 def messages(server: Server, call: Call) -> Answer:
-    """Anthropic's messages."""
+    """Answer a chat, as Anthropic's API does."""
     return compat(server, call, Anthropic)
 
 
@@ -5349,16 +5865,16 @@ def closed_on_error(events: Events) -> Iterator[None]:
         raise
 
 
-@route("POST", "/openai/v1/responses", "/v1/responses")
+@route("POST", "/openai/v1/responses", "/v1/responses", answer=None)
 def responses(server: Server, call: Call) -> Answer:
-    """OpenAI's responses: to come."""
+    """OpenAI's responses, which clinvk does not speak yet: every request is refused."""
     raise BadRequest(f"the responses API can not be used in clinvk {__version__} yet; use chat/completions")
 
 
-@route("GET", "/api/v1/backends")
+@route("GET", "/api/v1/backends", answer=Backends)
 def backends(server: Server, call: Call) -> Answer:
     """Every configured backend, and whether it can run."""
-    rows = []
+    rows: List[BackendState] = []
     for name in server.config.names():
         program, settings = server.program(name), server.config.backends[name]
         rows.append({"name": name, "available": program is not None, "enabled": settings.enabled,
@@ -5370,13 +5886,13 @@ def backends(server: Server, call: Call) -> Answer:
 @dataclass(frozen=True)
 class SessionsQuery:
     """What GET /api/v1/sessions can be asked."""
-    backend: str = param("")
-    status: str = param("", choices=STATUSES)
-    limit: int = param(100, minimum=1, maximum=1000)
-    offset: int = param(0, minimum=0, maximum=10**9)
+    backend: str = param("", doc="Only those of this backend.")
+    status: str = param("", choices=STATUSES, doc="Only those whose last turn has this status.")
+    limit: int = param(100, minimum=1, maximum=1000, doc="How many.")
+    offset: int = param(0, minimum=0, maximum=10**9, doc="How many to leave out before.")
 
 
-@route("GET", "/api/v1/sessions", query=SessionsQuery)
+@route("GET", "/api/v1/sessions", query=SessionsQuery, answer=SessionList, errors=(Invalid, StoreUnavailable))
 def sessions(server: Server, call: Call) -> Answer:
     """The stored sessions, last used first; of an initial_prompt, the first 1,000 characters."""
     query = call.query
@@ -5395,13 +5911,13 @@ def shown_session(session: Session) -> Json:
     return {name: value for name, value in shown.items() if name not in kept_back}
 
 
-@route("GET", "/api/v1/sessions/<name>")
+@route("GET", "/api/v1/sessions/<name>", answer=SessionState, errors=(NotFound, Conflict, StoreUnavailable))
 def session_by_id(server: Server, call: Call) -> Answer:
     """One session, by its id or the first digits of it."""
     return json_answer(shown_session(server.store.find(call.name)))
 
 
-@route("DELETE", "/api/v1/sessions/<name>")
+@route("DELETE", "/api/v1/sessions/<name>", answer=SessionDeleted, errors=(NotFound, Conflict, StoreUnavailable))
 def delete_session(server: Server, call: Call) -> Answer:
     """Delete a session, and the conversation that its CLI has stored."""
     session = server.store.find(call.name)
@@ -5410,23 +5926,23 @@ def delete_session(server: Server, call: Call) -> Answer:
     return json_answer({"deleted": True, "id": session.id, **({"warning": left} if left else {})})
 
 
-@route("GET", "/health")
+@route("GET", "/health", answer=Health, statuses=(200, 503))
 def health(server: Server, call: Call) -> Answer:
-    """Whether the server can do its work."""
+    """Whether the server can do its work. 503 if sessions can not be stored."""
     names = [n for n in server.config.names() if server.config.backends[n].enabled]
     available = {name: server.program(name) is not None for name in names}
     seconds, slots = time.time() - server.began, server.slots
     store = store_state(server.store)
-    status = "ok" if all(available.values()) else "degraded"
-    return json_answer({
-        "status": status if store["available"] else "unhealthy", "version": __version__,
+    able: Literal["ok", "degraded"] = "ok" if all(available.values()) else "degraded"
+    state: Health = {
+        "status": able if store["available"] else "unhealthy", "version": __version__,
         "uptime": uptime_text(seconds), "uptime_ms": round(1000 * seconds),
         "backends": [{"name": name, "available": there} for name, there in available.items()], "session_store": store,
-        "runs": {"active": slots.active, "waiting": len(slots.waiting), "limit": slots.limit}},
-        status=200 if store["available"] else 503)
+        "runs": {"active": slots.active, "waiting": len(slots.waiting), "limit": slots.limit}}
+    return json_answer(state, status=200 if store["available"] else 503)
 
 
-def store_state(store: Store) -> Json:
+def store_state(store: Store) -> StoreHealth:
     try:
         return {"available": True, "session_count": store.count(), "error": None}
     except StoreUnavailable as error:
@@ -5457,50 +5973,55 @@ def known_model(server: Server, name: str) -> str:
     return name
 
 
-def openai_model(server: Server, name: str) -> Json:
+def openai_model(server: Server, name: str) -> OpenAIModel:
     return {"id": name, "object": "model", "created": int(server.began), "owned_by": "clinvk"}
 
 
-def anthropic_model(server: Server, name: str) -> Json:
+def anthropic_model(server: Server, name: str) -> AnthropicModel:
     return {"type": "model", "id": name, "display_name": name, "created_at": utc(server.began)}
 
 
-@route("GET", "/openai/v1/models")
+@route("GET", "/openai/v1/models", answer=OpenAIModels)
 def openai_models(server: Server, call: Call) -> Answer:
-    """OpenAI's list of models."""
+    """What `model` can be: the backends that can run, and for each its aliases and its default model."""
     return json_answer({"object": "list", "data": [openai_model(server, name) for name in model_names(server)]})
 
 
-@route("GET", "/openai/v1/models/<name:path>")
+@route("GET", "/openai/v1/models/<name:path>", answer=OpenAIModel, errors=(UnknownModel, BackendUnavailable))
 def openai_model_by_id(server: Server, call: Call) -> Answer:
-    """One model of OpenAI's list, or any other name that a backend takes."""
+    """One of the list, or any other name that a backend takes."""
     return json_answer(openai_model(server, known_model(server, call.name)))
 
 
-@route("GET", "/anthropic/v1/models", "/anthropic/v1/v1/models")
+@route("GET", "/anthropic/v1/models", "/anthropic/v1/v1/models", answer=AnthropicModels)
 def anthropic_models(server: Server, call: Call) -> Answer:
-    """Anthropic's list of models, in one page."""
+    """What `model` can be, in one page."""
     rows = [anthropic_model(server, name) for name in model_names(server)]
-    ends = {"first_id": rows[0]["id"], "last_id": rows[-1]["id"]} if rows else {"first_id": None, "last_id": None}
-    return json_answer({"data": rows, "has_more": False, **ends})
+    page: AnthropicModels = {"data": rows, "has_more": False, "first_id": rows[0]["id"] if rows else None,
+                             "last_id": rows[-1]["id"] if rows else None}
+    return json_answer(page)
 
 
-@route("GET", "/anthropic/v1/models/<name:path>", "/anthropic/v1/v1/models/<name:path>")
+@route("GET", "/anthropic/v1/models/<name:path>", "/anthropic/v1/v1/models/<name:path>", answer=AnthropicModel,
+       errors=(UnknownModel, BackendUnavailable))
 def anthropic_model_by_id(server: Server, call: Call) -> Answer:
-    """One model of Anthropic's list, or any other name that a backend takes."""
+    """One of the list, or any other name that a backend takes."""
     return json_answer(anthropic_model(server, known_model(server, call.name)))
 
 
 @route("POST", "/anthropic/v1/messages/count_tokens", "/v1/messages/count_tokens",
-       "/anthropic/v1/v1/messages/count_tokens", body=CountRequest)
+       "/anthropic/v1/v1/messages/count_tokens", body=CountRequest, answer=TokenEstimate,
+       errors=(Invalid, UnknownModel), headers=("X-Clinvk-Estimate",),
+       example={"model": "echo", "messages": [{"role": "user", "content": "hello"}]})
 def count_tokens(server: Server, call: Call) -> Answer:
-    """An estimate, and the answer says so: no CLI counts tokens without a run."""
+    """Estimate a request's tokens: no CLI counts them without a run."""
     request = call.body
     backend_of(request.model, server.config)
-    return json_answer({"input_tokens": max(1, estimate(request.characters()))}, X_Clinvk_Estimate="true")
+    counted: TokenEstimate = {"input_tokens": max(1, estimate(request.characters()))}
+    return json_answer(counted, X_Clinvk_Estimate="true")
 
 
-@route("GET", "/", "/anthropic", "/openai/v1")
+@route("GET", "/", "/anthropic", "/openai/v1", answer=Dict[str, Any])
 def root(server: Server, call: Call) -> Answer:
     """The version and the ways in."""
     return json_answer({"name": "clinvk", "version": __version__, **ways_in()})
@@ -5513,6 +6034,268 @@ def ways_in() -> Dict[str, List[str]]:
              "OpenAI": ("/openai/v1/models", "/openai/v1/chat/completions"), "Anthropic": ("/anthropic/v1/messages",),
              "Docs": ("/openapi.json",), "Health": ("/health",)}
     return {kind: [p for p in paths if p in there] for kind, paths in shown.items() if set(paths) & there}
+
+
+# ==== OpenAPI =====================================================================================
+# In: the routes, and the shapes of what they take and answer. Out: OpenAPI 3.1 of this server, and its page.
+
+class Schemas:
+    """JSON Schema of models, which check requests, and of answers; each once, under its name."""
+
+    def __init__(self) -> None:
+        self.named: Dict[str, Json] = {}
+
+    def of(self, kind: Any, rules: Mapping[str, Any]) -> Json:
+        """`rules` are those of a model's field; {} for an answer."""
+        origin, inner = get_origin(kind), get_args(kind)
+        within = {**rules, "not_empty": False, "shape": {}} if rules else {}
+        if origin is Annotated:
+            more = [note if isinstance(note, dict) else {"description": note} for note in inner[1:]]
+            return {**self.of(inner[0], rules), **{name: value for note in more for name, value in note.items()}}
+        if origin is Union:
+            return self.one_of(inner, rules)
+        if origin is Literal:
+            return {"type": JSON_NAMES[type(inner[0])], "enum": list(inner)}
+        if origin is list:
+            bounds = {"minItems": 1 if rules.get("not_empty") else None, "maxItems": rules.get("longest")}
+            return {"type": "array", "items": self.of(inner[0], within), **said(bounds), **rules.get("shape", {})}
+        if origin is dict:
+            return {"type": "object", "additionalProperties": self.of(inner[1], within), **rules.get("shape", {})}
+        if kind in JSON_NAMES:
+            return {"type": JSON_NAMES[kind], **scalar_rules(kind, rules), **rules.get("shape", {})}
+        return dict(rules.get("shape", {})) if kind is Any else self.reference(kind)
+
+    def one_of(self, kinds: Sequence[Any], rules: Mapping[str, Any]) -> Json:
+        """Of a Union. In a model None says that the field may be left out."""
+        shown = [self.of(kind, rules) for kind in kinds if kind is not type(None)]
+        schema = shown[0] if len(shown) == 1 else {"anyOf": shown}
+        return schema if rules or type(None) not in kinds else or_null(schema)
+
+    def reference(self, kind: Any) -> Json:
+        if kind.__name__ not in self.named:
+            self.named[kind.__name__] = {}  # it may hold itself
+            self.named[kind.__name__] = self.object(kind)
+        return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+    def object(self, kind: type) -> Json:
+        fields = wire_fields(kind) if dataclasses.is_dataclass(kind) else {}
+        if fields:
+            shown = {"properties": {name: self.field(field) for name, field in fields.items()},
+                     "required": [name for name, field in fields.items() if field.required],
+                     **({} if issubclass(kind, Open) else {"additionalProperties": False})}
+        else:
+            hints = get_type_hints(kind, include_extras=True)
+            shown = {"properties": {name: self.of(hint, {}) for name, hint in hints.items()},
+                     "required": [name for name in hints if name in getattr(kind, "__required_keys__", hints)]}
+        about = said({"description": inspect.cleandoc(kind.__doc__ or "")})
+        return {"type": "object", **about, **shown}
+
+    def field(self, field: WireField) -> Json:
+        """Of a field of a model: null means that it is not there."""
+        schema = self.of(field.kind, field.rules)
+        default = field.default if type(field.default) in JSON_NAMES and field.default != "" else None
+        about = said({"description": field.rules["doc"], "default": default})
+        return {**(schema if field.required else or_null(schema)), **about}
+
+    def lines(self, answer: Any) -> Json:
+        """A line of /api/v1's streams: an event, or at the end of a fan-out the whole answer."""
+        head = self.reference(EventLine)
+        kinds: List[Json] = [{"allOf": [head, {
+            "type": "object", "required": ["type", "content"],
+            "properties": {"type": {"type": "string", "enum": [name]}, "content": self.of(content, {})}}]}
+            for name, content in EVENT_CONTENTS.items()]
+        self.named["Event"] = {"oneOf": kinds}
+        event: Json = {"$ref": "#/components/schemas/Event"}
+        last: Json = {"allOf": [self.reference(SummaryLine), self.reference(answer)]}
+        return event if answer is PromptAnswer else {"oneOf": [event, last]}
+
+
+JSON_NAMES: Dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+
+
+def said(schema: Json) -> Json:
+    """Without what says nothing."""
+    return {name: value for name, value in schema.items() if value not in (None, "", ())}
+
+
+def or_null(schema: Json) -> Json:
+    if "$ref" in schema or "anyOf" in schema or not schema:
+        return {"anyOf": [*schema.get("anyOf", [schema]), {"type": "null"}]} if schema else {}
+    nullable = {**schema, "type": [schema["type"], "null"]} if "type" in schema else schema
+    return {**nullable, "enum": [*schema["enum"], None]} if "enum" in schema else nullable
+
+
+def scalar_rules(kind: Any, rules: Mapping[str, Any]) -> Json:
+    """What `text_fault` and `number_fault` check."""
+    if not rules:
+        return {}
+    if rules["choices"]:
+        return {"enum": list(rules["choices"])}
+    begins = "(?!-)" if rules["flag_value"] else "/" if rules["directory"] else ""
+    pattern = NOT_BLANK if rules["not_blank"] else "" if rules["free_text"] else f"^{begins}[^\\x00]*$"
+    text = {"pattern": pattern, "minLength": 1 if rules["not_empty"] else None,
+            "format": "directory" if rules["directory"] else None} if kind is str else {}
+    return said({**text, "minimum": rules["minimum"], "maximum": rules["maximum"], "exclusiveMinimum": rules["above"]})
+
+
+HEADERS = {
+    "X-Request-Id": "The request's own, if it has one of 1 to 128 letters, digits, '.', '_' or '-', else a new one.",
+    "X-Clinvk-Backend": "The backend that answers.",
+    "X-Clinvk-Ignored": "Fields of the request that are without effect.",
+    "X-Clinvk-Estimate": "`true`: the count is an estimate.",
+    "Retry-After": "Seconds after which to try again.",
+    "WWW-Authenticate": "Bearer: send a key."}
+EVERYWHERE = (BadRequest, Forbidden, RateLimited, ClinvkError)  # errors of every route
+WITH_A_BODY = (WrongType, TooLarge)
+
+
+def openapi(config: Config) -> Json:
+    """The document: what this server, with this config, takes and answers."""
+    schemas = Schemas()
+    paths: Dict[str, Json] = {}
+    for entry in (entry for entry in ROUTES if entry.answer is not None):
+        paths.setdefault(entry.path, {})[entry.method.lower()] = operation(entry, schemas, config)
+    name_backends(schemas.named, [name for name in config.names() if config.backends[name].enabled])
+    keys = {"key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+            "bearer": {"type": "http", "scheme": "bearer"}}
+    about = "The AI CLIs of this machine behind one HTTP server, in three API styles. Null means: this field is absent."
+    return {"openapi": "3.1.0", "info": {"title": "clinvk", "version": __version__, "description": about},
+            "servers": [{"url": "/"}], "paths": paths,
+            "components": {"schemas": schemas.named, **({"securitySchemes": keys} if config.keys else {})}}
+
+
+def name_backends(named: Dict[str, Json], names: List[str]) -> None:
+    """Say which backends there are."""
+    for model in (PromptRequest, Task, ChainStep):
+        named[model.__name__]["properties"]["backend"]["enum"] = names
+    named[CompareRequest.__name__]["properties"]["backends"]["items"]["enum"] = names
+
+
+def operation(entry: Route, schemas: Schemas, config: Config) -> Json:
+    """One method of one path."""
+    summary, _, more = inspect.cleandoc(entry.function.__doc__ or "").partition(".")
+    aliases = [re.sub("<name(:path)?>", "{id}", pattern) for pattern in entry.patterns[1:]]
+    also = f"Answers under {', '.join(aliases)}, too." if aliases else ""
+    style = renderer_of(entry.path)
+    shown: Json = {"operationId": entry.function.__name__, "summary": summary,
+                   "tags": ["Server" if style is Native and "/api/" not in entry.path else style.__name__],
+                   **said({"description": " ".join(part for part in (more.strip(), also) if part)})}
+    if entry.query or "{id}" in entry.path:
+        shown["parameters"] = parameters(entry, schemas)
+    if entry.body:
+        example = {"example": entry.example} if entry.example else {}
+        shown["requestBody"] = {"required": True, "content": {
+            JSON_TYPE: {"schema": schemas.reference(entry.body), **example}}}
+    guarded = bool(config.keys) and not is_open(entry.path)
+    if guarded:
+        shown["security"] = [{"key": []}, {"bearer": []}]
+    return {**shown, "responses": responses_of(entry, style, schemas, guarded=guarded)}
+
+
+def parameters(entry: Route, schemas: Schemas) -> List[Json]:
+    """Those in the path and in the query."""
+    in_path = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
+    in_query = [{"name": name, "in": "query", **said({"description": field.rules["doc"]}),
+                 "schema": schemas.of(field.kind, field.rules)}
+                for name, field in (wire_fields(entry.query) if entry.query else {}).items()]
+    return [*(in_path if "{id}" in entry.path else []), *in_query]
+
+
+def responses_of(entry: Route, style: Type[Renderer], schemas: Schemas, *, guarded: bool) -> Json:
+    """What comes back, by status."""
+    errors: Dict[int, List[Type[ClinvkError]]] = {}
+    for error in {*EVERYWHERE, *entry.errors, *(WITH_A_BODY if entry.method == "POST" else ()),
+                  *((Unauthorized,) if guarded else ())}:
+        errors.setdefault(style.status(error), []).append(error)
+    shown = {str(status): error_of(sorted(kinds, key=lambda kind: kind.__name__), style, schemas)
+             for status, kinds in sorted(errors.items())}
+    content: Json = {entry.answer: {"schema": {"type": "string"}}} if isinstance(entry.answer, str) else \
+        {JSON_TYPE: {"schema": schemas.of(entry.answer, {})}}
+    if entry.events:
+        lines = entry.events is EventLine
+        event = schemas.lines(entry.answer) if lines else server_sent_schema(schemas.of(entry.events, {}))
+        content[style.stream_type] = {"schema": event}
+    answer = {"description": "The answer.", "headers": headers("X-Request-Id", *entry.headers), "content": content}
+    return {**{str(status): answer for status in entry.statuses}, **shown}
+
+
+def server_sent_schema(schema: Json) -> Json:
+    """Of one event of a text/event-stream, whose data is JSON; as OpenAPI 3.2 writes it."""
+    data = {"type": "string", "contentMediaType": JSON_TYPE, "contentSchema": schema}
+    return {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}}
+
+
+def error_of(kinds: Sequence[Type[ClinvkError]], style: Type[Renderer], schemas: Schemas) -> Json:
+    """What comes back with one status that is an error."""
+    waits = {RateLimited, BackendUnavailable} & set(kinds)
+    told = [*(["Retry-After"] if waits else []), *(["WWW-Authenticate"] if Unauthorized in kinds else [])]
+    return {"description": " ".join(inspect.cleandoc(kind.__doc__ or "") for kind in kinds),
+            "headers": headers("X-Request-Id", *told),
+            "content": {style.error_type: {"schema": schemas.reference(style.error_answer)}}}
+
+
+def headers(*names: str) -> Json:
+    return {name: {"description": HEADERS[name], "schema": {"type": "string"}} for name in names}
+
+
+@route("GET", "/openapi.json", answer=Dict[str, Any])
+def openapi_json(server: Server, call: Call) -> Answer:
+    """This document."""
+    return json_answer(openapi(server.config))
+
+
+# ---- /docs
+
+DOCS_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+               "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+DOCS_PAGE = b"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>clinvk</title>
+<link rel="icon" href="/docs/favicon-32x32.png">
+<link rel="stylesheet" href="/docs/swagger-ui.css">
+</head>
+<body>
+<div id="docs"></div>
+<script src="/docs/swagger-ui-bundle.js"></script>
+<script src="/docs/start.js"></script>
+</body>
+</html>
+"""
+DOCS_START = b"""\
+SwaggerUIBundle({url: "/openapi.json", dom_id: "#docs", deepLinking: true, tryItOutEnabled: true, validatorUrl: null});
+"""
+DOCS_FILES = {"start.js": "text/javascript", "swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css",
+              "favicon-32x32.png": "image/png"}
+
+
+def docs_answer(data: bytes, content_type: str) -> Answer:
+    return Answer([data], content_type=f"{content_type}; charset=utf-8", headers={
+        "Content-Security-Policy": DOCS_POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"})
+
+
+@route("GET", "/docs", answer="text/html")
+def docs(server: Server, call: Call) -> Answer:
+    """A page that shows this document and tries calls out: Swagger UI."""
+    return docs_answer(DOCS_PAGE, "text/html")
+
+
+@route("GET", "/docs/<name>", answer=None)
+def docs_file(server: Server, call: Call) -> Answer:
+    """A file of that page."""
+    if call.name not in DOCS_FILES:
+        raise NotFound(f"there is no /docs/{call.name}; the page is /docs")
+    if call.name == "start.js":
+        return docs_answer(DOCS_START, DOCS_FILES[call.name])
+    try:
+        data = pkgutil.get_data(__name__, f"swagger-ui/{call.name}")
+    except OSError:
+        data = None
+    if data is None:
+        raise NotFound("Swagger UI is inside of clinvk.pyz only; build that with build_zipapp.py, and start it")
+    return docs_answer(data, DOCS_FILES[call.name])
 
 
 # ==== HTTP ========================================================================================
@@ -5577,9 +6360,9 @@ def answer_or_error(server: Server, router: bottle.Router, head: Head, request_i
     except Exception:
         LOG.error("request %s: a defect of clinvk\n%s", request_id, traceback.format_exc())
         known = ClinvkError(f"clinvk has a defect; its log tells more under the request id {request_id}")
-    renderer = renderer_of(head)
-    status, content_type, body = renderer.error(known, request_id)
-    return Answer([to_json(body)], status, content_type, renderer.error_headers(known))
+    renderer = renderer_of(head.path, speaks_anthropic=bool(head.get("anthropic-version")))
+    return Answer([to_json(renderer.error(known, request_id))], renderer.status(known), renderer.error_type,
+                  renderer.error_headers(known))
 
 
 def answered(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
@@ -5592,6 +6375,7 @@ def answered(server: Server, router: bottle.Router, head: Head, request_id: str)
     if re.match("/v1/models(/|$)", path):
         path = ("/anthropic" if head.get("anthropic-version") else "/openai") + path
     entry, name = matched(router, head.method, path)
+    check_type(head)
     body = check(entry.body, read_json(head.environ, server.config), entry.where) if entry.body else None
     query = check(entry.query, read_query(head.environ, entry.query), "query") if entry.query else None
     return entry.function(server, Call(body, query, request_id, head.environ[STOP], name))
@@ -5608,14 +6392,6 @@ def matched(router: bottle.Router, method: str, path: str) -> Tuple[Route, str]:
         paths = [pattern for r in ROUTES for pattern in r.patterns]
         raise NotFound(f"there is no {path}{nearest(path, paths)}") from None
     return entry, parts.get("name", "")
-
-
-def renderer_of(head: Head) -> Type[Renderer]:
-    """Whose shape an error on this path takes."""
-    anthropic = head.path.startswith("/v1/") and head.get("anthropic-version")
-    if anthropic or re.match("/anthropic(/|$)|/v1/messages(/|$)", head.path):
-        return Anthropic
-    return OpenAI if re.match("/openai(/|$)|/v1(/|$)", head.path) else Native
 
 
 def read_json(environ: Json, config: Config) -> Any:
@@ -5690,10 +6466,10 @@ class RefusedByWaitress(waitress.task.ErrorTask):
         elif fault.code == 500:
             error = ClinvkError("clinvk could not answer; its log tells more")
         request_id = request_id_of(head.get("X-Request-Id"))
-        status, content_type, body = renderer_of(head).error(error, request_id)
+        renderer = renderer_of(head.path, speaks_anthropic=bool(head.get("anthropic-version")))
+        status, data = renderer.status(error), to_json(renderer.error(error, request_id))
         self.status = f"{status} {http.HTTPStatus(status).phrase}"
-        data = to_json(body)
-        self.response_headers += [("Content-Type", content_type), ("X-Request-Id", request_id),
+        self.response_headers += [("Content-Type", renderer.error_type), ("X-Request-Id", request_id),
                                   ("request-id", request_id), ("Content-Length", str(len(data))),
                                   *cors_headers(self.channel.server.clinvk.config, head).items()]
         self.set_close_on_finish()

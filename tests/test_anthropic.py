@@ -175,8 +175,9 @@ def test_no_text_breaks_the_stream_into_other_lines(text: str) -> None:
     (BackendUnavailable("full"), 503, "overloaded_error"), (BackendFailed("boom"), 502, "api_error"),
     (TimedOut("late"), 504, "timeout_error"), (ClinvkError("ours"), 500, "api_error")])
 def test_errors_have_anthropics_shape(error: ClinvkError, status: int, kind: str) -> None:
-    assert Anthropic.error(error, "r1") == (status, "application/json", {
-        "type": "error", "error": {"type": kind, "message": str(error)}, "request_id": "r1"})
+    assert (Anthropic.status(error), Anthropic.error_type) == (status, "application/json")
+    assert Anthropic.error(error, "r1") == {
+        "type": "error", "error": {"type": kind, "message": str(error)}, "request_id": "r1"}
 
 
 # ---- What anthropic-python makes of it

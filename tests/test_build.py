@@ -66,10 +66,12 @@ def test_a_build_holds_licences_and_metadata_and_nothing_of_one_platform(pyz: Pa
         names = archive.namelist()
         assert {(entry.date_time[0], entry.external_attr >> 16) for entry in archive.infolist()} == {(1980, 0o100644)}
     assert names == sorted(names, key=lambda name: name.split("/"))
-    assert [sum(word in name for name in names) for word in ("METADATA", "LICENSE")] == [3, 3]
+    assert [sum(word in name for name in names) for word in ("METADATA", "LICENSE")] == [4, 6]
     assert not [name for name in names if name.endswith((".so", "RECORD", "WHEEL")) or "__pycache__" in name]
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {
-        "__main__.py", "bottle.py", "bottle.pyc", "clinvk.py", "clinvk.pyc", "waitress", "yaml"}
+        "__main__.py", "bottle.py", "bottle.pyc", "clinvk.py", "clinvk.pyc", "swagger-ui", "waitress", "yaml"}
+    assert sorted(name for name in names if "swagger-ui/" in name and "LICENSE" not in name) == [
+        "swagger-ui/favicon-32x32.png", "swagger-ui/swagger-ui-bundle.js", "swagger-ui/swagger-ui.css"]
 
 
 def test_a_build_is_a_program_that_names_what_is_inside(pyz: Path) -> None:

@@ -162,8 +162,9 @@ def test_no_text_breaks_the_stream_into_other_lines(text: str) -> None:
     (ClinvkError("ours"), 500, "api_error", None, None)])
 def test_errors_have_openais_shape(error: ClinvkError, status: int, kind: str, code: Optional[str],
                                    param: Optional[str]) -> None:
-    assert OpenAI.error(error, "id") == (status, "application/json", {
-        "error": {"message": str(error), "type": kind, "param": param, "code": code}})
+    assert (OpenAI.status(error), OpenAI.error_type) == (status, "application/json")
+    assert OpenAI.error(error, "id") == {
+        "error": {"message": str(error), "type": kind, "param": param, "code": code}}
 
 
 # ---- What openai-python makes of it
