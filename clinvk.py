@@ -709,6 +709,8 @@ STREAM = "Answer NDJSON: every run's events as they happen, and the whole answer
 class PromptRequest:
     """One prompt for one backend. What is left out is taken from the config."""
     # None is "not said": `settled` puts the config's value there.
+    SHAPE: ClassVar[Json] = {"not": {"required": ["session_id", "ephemeral"], "properties": {
+        "session_id": {"type": "string"}, "ephemeral": {"enum": [True]}}}}
     backend: str = param(not_empty=True, doc="A configured backend's name.")
     prompt: str = param(not_blank=True, free_text=True, doc="What the CLI is asked.")
     model: Optional[str] = param(None, flag_value=True, doc="Passed to the CLI; `fast`, `balanced` and `best` are "
@@ -750,6 +752,7 @@ class PromptRequest:
 @dataclass(frozen=True)
 class Task(PromptRequest):
     """One of several runs."""
+    SHAPE: ClassVar[Json] = {}
     session_id: Optional[str] = internal(None)
 
 
@@ -1215,7 +1218,8 @@ class OutputConfigParam(Open):
 
 SOME_TEXT_TURN = {"contains": {"type": "object", "required": ["role", "content"],
                                "properties": {"role": {"enum": ["user", "assistant"]}, "content": SOME_TEXT}},
-                  "prefixItems": [{"properties": {"role": {"enum": ["user", "system"]}}}]}
+                  "prefixItems": [{"$ref": "#/components/schemas/MessageParam",
+                                   "properties": {"role": {"enum": ["user", "system"]}}}]}
 
 
 @dataclass(frozen=True)
@@ -4306,12 +4310,6 @@ class EventLine(EventLineHead, total=False):
     task: Annotated[int, "in a fan-out: the run's index, from 0"]
 
 
-class SummaryLine(TypedDict):
-    """The last line of a fan-out's stream, with the whole answer."""
-    type: Literal["summary"]
-    sequence: int
-
-
 # The `type` of an event line -> its `content`.
 EVENT_CONTENTS: Dict[str, Any] = {
     "init": Init, "message": MessageContent, "thinking": Thinking, "tool_use": ToolUse, "tool_result": ToolResult,
@@ -6080,9 +6078,10 @@ class Schemas:
     def object(self, kind: type) -> Json:
         fields = wire_fields(kind) if dataclasses.is_dataclass(kind) else {}
         if fields:
+            closed = {} if issubclass(kind, Open) else {"additionalProperties": False}
             shown = {"properties": {name: self.field(field) for name, field in fields.items()},
                      "required": [name for name, field in fields.items() if field.required],
-                     **({} if issubclass(kind, Open) else {"additionalProperties": False})}
+                     **closed, **getattr(kind, "SHAPE", {})}
         else:
             hints = get_type_hints(kind, include_extras=True)
             shown = {"properties": {name: self.of(hint, {}) for name, hint in hints.items()},
@@ -6097,17 +6096,29 @@ class Schemas:
         about = said({"description": field.rules["doc"], "default": default})
         return {**(schema if field.required else or_null(schema)), **about}
 
-    def lines(self, answer: Any) -> Json:
+    def event(self, entry: Route) -> Json:
+        """What a stream of that route is made of."""
+        if entry.events is EventLine:
+            return self.line(entry.answer)
+        event = server_sent_schema(self.of(entry.events, {}))
+        return {"anyOf": [event, LAST_OF_OPENAI]} if entry.events is ChatCompletionChunk else event
+
+    def line(self, answer: Any) -> Json:
         """A line of /api/v1's streams: an event, or at the end of a fan-out the whole answer."""
-        head = self.reference(EventLine)
-        kinds: List[Json] = [{"allOf": [head, {
-            "type": "object", "required": ["type", "content"],
-            "properties": {"type": {"type": "string", "enum": [name]}, "content": self.of(content, {})}}]}
-            for name, content in EVENT_CONTENTS.items()]
+        kinds = [with_fields(self.object(EventLine), type=one_word(name), content=self.of(content, {}))
+                 for name, content in EVENT_CONTENTS.items()]
         self.named["Event"] = {"oneOf": kinds}
-        event: Json = {"$ref": "#/components/schemas/Event"}
-        last: Json = {"allOf": [self.reference(SummaryLine), self.reference(answer)]}
-        return event if answer is PromptAnswer else {"oneOf": [event, last]}
+        last = with_fields(self.object(answer), type=one_word("summary"), sequence={"type": "integer"})
+        return {"oneOf": [{"$ref": "#/components/schemas/Event"}, *([] if answer is PromptAnswer else [last])]}
+
+
+def one_word(word: str) -> Json:
+    return {"type": "string", "enum": [word]}
+
+
+def with_fields(schema: Json, **fields: Json) -> Json:
+    """An object's schema, with more fields that it must have."""
+    return {**schema, "properties": {**schema["properties"], **fields}, "required": [*schema["required"], *fields]}
 
 
 JSON_NAMES: Dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
@@ -6156,6 +6167,8 @@ def openapi(config: Config) -> Json:
     for entry in (entry for entry in ROUTES if entry.answer is not None):
         paths.setdefault(entry.path, {})[entry.method.lower()] = operation(entry, schemas, config)
     name_backends(schemas.named, [name for name in config.names() if config.backends[name].enabled])
+    for query in paths["/api/v1/sessions"]["get"]["parameters"]:
+        query["schema"].update({"enum": config.names()} if query["name"] == "backend" else {})
     keys = {"key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
             "bearer": {"type": "http", "scheme": "bearer"}}
     about = "The AI CLIs of this machine behind one HTTP server, in three API styles. Null means: this field is absent."
@@ -6212,9 +6225,7 @@ def responses_of(entry: Route, style: Type[Renderer], schemas: Schemas, *, guard
     content: Json = {entry.answer: {"schema": {"type": "string"}}} if isinstance(entry.answer, str) else \
         {JSON_TYPE: {"schema": schemas.of(entry.answer, {})}}
     if entry.events:
-        lines = entry.events is EventLine
-        event = schemas.lines(entry.answer) if lines else server_sent_schema(schemas.of(entry.events, {}))
-        content[style.stream_type] = {"schema": event}
+        content[style.stream_type] = {"schema": schemas.event(entry)}
     answer = {"description": "The answer.", "headers": headers("X-Request-Id", *entry.headers), "content": content}
     return {**{str(status): answer for status in entry.statuses}, **shown}
 
@@ -6223,6 +6234,9 @@ def server_sent_schema(schema: Json) -> Json:
     """Of one event of a text/event-stream, whose data is JSON; as OpenAPI 3.2 writes it."""
     data = {"type": "string", "contentMediaType": JSON_TYPE, "contentSchema": schema}
     return {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}}
+
+
+LAST_OF_OPENAI = {"type": "object", "required": ["data"], "properties": {"data": {"enum": ["[DONE]"]}}}
 
 
 def error_of(kinds: Sequence[Type[ClinvkError]], style: Type[Renderer], schemas: Schemas) -> Json:
