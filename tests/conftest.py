@@ -118,28 +118,37 @@ class Served:
         return self.process.wait(10)
 
 
-@pytest.fixture
-def serve(pyz: Path, tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    """`serve(*flags, config={...}, python=..., **environ)` starts the .pyz on a free port, in an empty folder, with an
-    empty home; all that was started is stopped afterwards."""
+@contextlib.contextmanager
+def serving(pyz: Path, folder: Path) -> Iterator[Callable[..., Served]]:
+    """`start(*flags, config={...}, python=..., **environ)` starts the .pyz on a free port, in `folder`, with a home
+    below it; all that was started is stopped afterwards."""
     started: List[Served] = []
 
     def start(*flags: str, config: Optional[Dict[str, Any]] = None, python: str = sys.executable,
               **environ: str) -> Served:
-        home = tmp_path / "home"
+        home = folder / "home"
         home.mkdir(exist_ok=True)
         command = [python, str(pyz), "serve", *([] if "--port" in flags else ["--port", "0"]), *flags]
         if config is not None:
-            (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-            command += ["--config", str(tmp_path / "config.yaml")]
+            (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+            command += ["--config", str(folder / "config.yaml")]
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("CLINVK_")}
-        started.append(Served(command, tmp_path, {**inherited, "HOME": str(home), **environ}))
+        started.append(Served(command, folder, {**inherited, "HOME": str(home), **environ}))
         return started[-1]
-    yield start
-    for server in started:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.process.wait()
+    try:
+        yield start
+    finally:
+        for server in started:
+            if server.process.poll() is None:
+                server.process.kill()
+                server.process.wait()
+
+
+@pytest.fixture
+def serve(pyz: Path, tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """`serve(*flags, config={...}, python=..., **environ)`: `serving`, in an empty folder with an empty home."""
+    with serving(pyz, tmp_path) as start:
+        yield start
 
 
 # ---- The application, called as WSGI
