@@ -177,6 +177,7 @@ class Origin(NamedTuple):
     page: str
     target: str = "http://127.0.0.1:{port}"
 
+
 ORIGINS = {
     "another port": Origin("http://127.0.0.1:{others}/"), "localhost": Origin("http://localhost:{others}/"),
     "another site": Origin("http://evil.example:{others}/", "http://localhost:{port}"),
@@ -437,8 +438,9 @@ LOOKS = {
 @pytest.fixture
 def stored(targets: List[Target]) -> List[str]:
     """The paths that tell of the stored session."""
-    session = targets[0].call("GET", "/api/v1/sessions").json["sessions"][0]
-    return ["/api/v1/sessions", "/api/v1/sessions/" + session["id"]]
+    sessions = targets[0].call("GET", "/api/v1/sessions").json["sessions"]
+    [session_id] = [session["id"] for session in sessions if session["initial_prompt"] == SECRET]
+    return ["/api/v1/sessions", "/api/v1/sessions/" + session_id]
 
 
 def test_no_page_of_another_origin_can_read(attacker: Attacker, stored: List[str]) -> None:
@@ -632,13 +634,14 @@ def test_what_is_allowed_to_some_is_not_allowed_to_others(page: Page, friendly: 
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-def test_the_servers_own_pages_run_and_read(page: Page, friendly: Target, name: str) -> None:
-    own = f"http://{name}:{friendly.server.port}"
+def test_the_servers_own_pages_run_and_read(page: Page, targets: List[Target], name: str) -> None:
+    target = targets[1]
+    own = f"http://{name}:{target.server.port}"
     page.goto(own + "/health")
     for path, body in RUNS.items():
-        told = called(page, friendly, "POST", path, KEYED, body, own)
+        told = called(page, target, "POST", path, KEYED, body, own)
         assert told["status"] == 200 and "1+1=?" in told["body"]
-    assert called(page, friendly, "GET", "/api/v1/sessions", {}, base=own)["status"] == 401
+    assert called(page, target, "GET", "/api/v1/sessions", {}, base=own)["status"] == 401
 
 
 @pytest.mark.parametrize("allows_credentials", [False, True])
