@@ -675,3 +675,85 @@ def test_the_line_that_a_refusal_names_lets_the_page_in(page: Page, targets: Lis
     page.goto(origin)
     told = called(page, target, "POST", "/api/v1/prompt", JSON_TYPE, body)
     assert told["status"] == 200 and "1+1=?" in told["body"]
+
+
+# ---- /docs
+
+class Docs:
+    """The page /docs in the browser: what it has asked for, and what its console complains of."""
+
+    def __init__(self, page: Page, target: Target, query: str = "") -> None:
+        self.page, self.asked, self.faults = page, [], []
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.goto(f"{target.server.url}/docs{query}")
+        page.locator(".opblock").first.wait_for()
+
+    def execute(self, path: str, body: Any = None) -> Tuple[int, str]:
+        """"Try it out": the status and the answer that the page then shows."""
+        call = self.page.locator(".opblock", has=self.page.locator(f'[data-path="{path}"]'))
+        if not call.locator(".opblock-body").count():
+            call.locator(".opblock-summary-control").click()
+        if body is not None:
+            call.locator("textarea").fill(json.dumps(body))
+        call.get_by_role("button", name="Execute").click()
+        call.locator(".live-responses-table").wait_for()
+        shown = str(call.locator(".live-responses-table").inner_text())
+        call.get_by_role("button", name="Clear").click()
+        return int(shown.split()[2]), shown  # below the headings: Code, Details
+
+    def authorize(self, field: str, key: str) -> None:
+        """Gives the key in a field of the form for keys, in place of any other."""
+        self.page.locator(".auth-wrapper .authorize").click()
+        for button in self.page.get_by_role("button", name="Remove authorization").all():
+            button.click()
+        self.page.locator(field).fill(key)
+        self.page.locator(field).press("Enter")
+        self.page.locator(".close-modal").click()
+
+
+FROM_DOCS = {"backend": "echo", "prompt": "hello from the docs"}
+FROM_DOCS_SAID = '"output": "hello from the docs"'
+
+
+def test_docs_tries_calls_out_and_asks_nobody_but_the_server(page: Page, targets: List[Target]) -> None:
+    docs, own = Docs(page, targets[0]), targets[0].server.url
+    for path, body, words in (("/health", None, '"session_store":'), ("/api/v1/prompt", FROM_DOCS, FROM_DOCS_SAID)):
+        status, shown = docs.execute(path, body)
+        assert status == 200 and words in shown
+    asked = [url for url in docs.asked if not url.startswith((own + "/docs", "data:"))]
+    assert sorted(asked) == [own + "/api/v1/prompt", own + "/health", own + "/openapi.json"] and docs.faults == []
+
+
+def test_docs_takes_a_key_and_forgets_it(page: Page, targets: List[Target]) -> None:
+    docs = Docs(page, targets[1])
+    status, shown = docs.execute("/api/v1/prompt", FROM_DOCS)
+    assert status == 401 and '"error": "unauthorized"' in shown
+    for field in ("#api_key_value", "#auth-bearer-value"):
+        docs.authorize(field, KEY)
+        status, shown = docs.execute("/api/v1/prompt", FROM_DOCS)
+        assert status == 200 and FROM_DOCS_SAID in shown
+    kept = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
+    assert KEY not in kept
+
+
+def test_docs_neither_loads_nor_calls_what_is_not_its_own(page: Page, targets: List[Target], others: int) -> None:
+    """Neither as the address bar says, nor as a script would that got into the page."""
+    elsewhere = f"http://good.example:{others}/"
+    docs = Docs(page, targets[0], f"?url={elsewhere}&configUrl={elsewhere}&urls.primaryName={elsewhere}")
+    assert [url for url in docs.asked if not url.startswith((targets[0].server.url + "/", "data:"))] == []
+    for script, told in {
+            "add('script', {textContent: 'window.ran = true'}); return String(window.ran)": "undefined",
+            "return fetch(url).then(a => a.text(), String)": "TypeError: Failed to fetch",
+            "return (await ended(add('script', {src: url}), 'load', 'error')).type": "error"}.items():
+        assert driven(page, script, (elsewhere, "")) == [told]
+
+
+@pytest.mark.parametrize("name", ["another port", "another site", "sandbox", "file"])
+def test_docs_is_in_no_page_of_another_origin(page: Page, targets: List[Target], others: int, name: str) -> None:
+    attacker, since = opened(page, name, targets[0], others), targets[0].end_of_log
+    for tag, attribute in (("iframe", "src"), ("object", "data"), ("embed", "src")):
+        driven(attacker.frame, ELEMENT % (tag, f"{attribute}: url"), (attacker.url + "/docs", ""))
+    targets[0].check_arrived(since, [("GET", "/docs", ANY)] * 3, name)
+    assert not any(frame.evaluate("document.querySelector('#docs') !== null") for frame in page.frames)
