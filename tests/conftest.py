@@ -7,13 +7,15 @@ import http.client
 import io
 import json
 import os
+import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
 
@@ -66,6 +68,51 @@ def eventually(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
+# ---- Errors, as each API has them (SPEC 5)
+
+# status -> OpenAI's type and code, Anthropic's type
+NAMES: Dict[int, Tuple[str, Optional[str], str]] = {
+    400: ("invalid_request_error", None, "invalid_request_error"),
+    401: ("authentication_error", "invalid_api_key", "authentication_error"),
+    403: ("permission_error", None, "permission_error"), 404: ("not_found_error", None, "not_found_error"),
+    405: ("invalid_request_error", None, "invalid_request_error"),
+    413: ("invalid_request_error", "request_too_large", "request_too_large"),
+    415: ("invalid_request_error", None, "invalid_request_error"),
+    429: ("rate_limit_error", "rate_limit_exceeded", "rate_limit_error"), 500: ("api_error", None, "api_error"),
+    502: ("api_error", "backend_failed", "api_error"), 503: ("api_error", "backend_unavailable", "overloaded_error"),
+    504: ("api_error", "timeout", "timeout_error")}
+
+
+def shape(path: str, *, anthropic_version: bool = False) -> str:
+    """Whose errors a path has; `anthropic_version`: the request has that header."""
+    if path.startswith(("/anthropic", "/v1/messages")) or (path.startswith("/v1/") and anthropic_version):
+        return "anthropic"
+    return "openai" if path.startswith(("/openai/", "/v1/")) else "native"
+
+
+def fault(reply: Reply, kind: str, names: Optional[Tuple[Any, ...]] = None) -> str:
+    """The message of an error, all of whose other parts are as SPEC 5 has them."""
+    names = names or NAMES.get(reply.status, ())
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", reply.headers["x-request-id"])
+    assert b"Traceback" not in reply.body
+    told = reply.json
+    if kind == "anthropic":
+        assert set(told) == {"type", "error", "request_id"} and told["type"] == "error"
+        assert told["request_id"] == reply.headers["request-id"] == reply.headers["x-request-id"]
+        assert set(told["error"]) == {"type", "message"} and told["error"]["type"] == names[2]
+        return str(told["error"]["message"])
+    if kind == "openai":
+        error = told["error"]
+        assert set(error) == {"message", "type", "param", "code"} and (error["type"], error["code"]) == names[:2]
+        return str(error["message"])
+    more = {401: "unauthorized", 429: "too_many_requests"}.get(reply.status)
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert {**told, "title": "", "detail": "", "errors": []} == {
+        "type": "about:blank", "title": "", "status": reply.status, "detail": "", "errors": [],
+        **({"error": more, "message": told["detail"]} if more else {})}
+    return str(told["detail"])
+
+
 # ---- The .pyz as a process
 
 @pytest.fixture(scope="session")
@@ -112,6 +159,15 @@ class Served:
             answer = connection.getresponse()
             return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
 
+    def raw(self, sent: bytes) -> Reply:
+        """The answer to bytes, as they come back; the status is 0 if there is none."""
+        with socket.create_connection((self.host, self.port), timeout=20) as connection:
+            connection.sendall(sent)
+            head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        return Reply(int((first.split() + ["0", "0"])[1]), {name.lower(): text for name, text in headers.items()}, body)
+
     def stop(self) -> int:
         """SIGTERM, and the exit code."""
         self.process.terminate()
@@ -151,6 +207,12 @@ def serve(pyz: Path, tmp_path: Path) -> Iterator[Callable[..., Served]]:
         yield start
 
 
+def request_of(first: str, *headers: str, body: str = "") -> bytes:
+    """A request for `Served.raw`, to localhost unless a Host is given."""
+    host = [] if any(header.startswith("Host:") for header in headers) else ["Host: localhost"]
+    return "\r\n".join([first, *host, "Connection: close", *headers, "", body]).encode("latin-1")
+
+
 # ---- The application, called as WSGI
 
 class Client:
@@ -159,18 +221,21 @@ class Client:
     def __init__(self, config: clinvk.Config) -> None:
         self.server = clinvk.Server(config)
         self.app = clinvk.make_app(self.server)
+        self.input = io.BytesIO()  # the body of the last request, as far as it has been read
 
-    def call(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
-        """As `Served.call`; Host is localhost unless given."""
+    def call(self, method: str, path: str, body: Any = None, **headers: Optional[str]) -> Reply:
+        """As `Served.call`; Host is localhost unless given. A header that is None is not sent."""
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         path, _, query = path.partition("?")
+        self.input = io.BytesIO(data)
         environ: Dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path.encode().decode("latin-1"),
-                                   "QUERY_STRING": query, "wsgi.input": io.BytesIO(data), "HTTP_HOST": "localhost:8080",
+                                   "QUERY_STRING": query, "wsgi.input": self.input, "HTTP_HOST": "localhost:8080",
                                    "CONTENT_LENGTH": str(len(data)), "REMOTE_ADDR": "127.0.0.1"}
         if body is not None:
             environ["CONTENT_TYPE"] = "application/json"
         for name, value in headers.items():
             environ["CONTENT_TYPE" if name.lower() == "content_type" else "HTTP_" + name.upper()] = value
+        environ = {name: value for name, value in environ.items() if value is not None}
         told: List[Any] = []
         chunks = self.app(environ, lambda status, headers: told.extend((status, headers)))
         try:

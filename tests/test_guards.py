@@ -1,13 +1,16 @@
-"""Who may come in: Host, Origin, keys, content type; working directories and flags (SPEC 7)."""
+"""Who may come in (SPEC 7): every guard in front of every route, in each API's shape; then what each guard lets in and
+what it refuses, the ways around them, working directories and flags."""
 
 import contextlib
-import json
+import itertools
 import os
+import re
+import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
-from conftest import Client, Reply, Served, eventually
+from conftest import Client, Reply, Served, eventually, fault, request_of, shape
 
 import clinvk
 
@@ -17,30 +20,309 @@ MakeClient = Callable[..., Client]
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hi"}]}
 BODIES: Dict[str, Any] = {
     "/api/v1/prompt": {"backend": "echo", "prompt": "hi"}, "/openai/v1/chat/completions": CHAT,
-    "/v1/chat/completions": CHAT, "/anthropic/v1/messages": {**CHAT, "max_tokens": 9},
-    "/v1/messages": {**CHAT, "max_tokens": 9}, "/anthropic/v1/messages/count_tokens": CHAT}
-each_api = pytest.mark.parametrize("path", BODIES)
-
-# What each API calls an error: OpenAI's type and code, Anthropic's type.
-NAMES = {401: ("authentication_error", "invalid_api_key", "authentication_error"),
-         403: ("permission_error", None, "permission_error"),
-         415: ("invalid_request_error", None, "invalid_request_error")}
+    "/anthropic/v1/messages": {**CHAT, "max_tokens": 9}, "/anthropic/v1/messages/count_tokens": CHAT}
 
 
-def refusal(reply: Reply, path: str) -> str:
-    """The message of an error, which has the status and the shape that the API of `path` gives it."""
-    if "messages" in path:
-        assert set(reply.json) == {"type", "error", "request_id"} and reply.json["type"] == "error"
-        assert reply.json["error"]["type"] == NAMES[reply.status][2]
-        assert reply.json["request_id"] == reply.headers["request-id"]
-        return str(reply.json["error"]["message"])
-    if "completions" in path:
-        assert (reply.json["error"]["type"], reply.json["error"]["code"]) == NAMES[reply.status][:2]
-        assert "param" in reply.json["error"]
-        return str(reply.json["error"]["message"])
-    assert reply.headers["content-type"] == "application/problem+json"
-    assert (reply.json["type"], reply.json["status"]) == ("about:blank", reply.status) and reply.json["title"]
-    return str(reply.json["detail"])
+# ---- Every guard in front of every route
+
+class Asked(NamedTuple):
+    """A request: `version` says whether it has Anthropic's header, which changes the shape of /v1."""
+    method: str
+    path: str
+    version: bool
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}" + (" anthropic-version" if self.version else "")
+
+    @property
+    def kind(self) -> str:
+        return shape(self.path, anthropic_version=self.version)
+
+    def by(self, client: Client, method: str = "", body: bytes = b"{}", **headers: Optional[str]) -> Reply:
+        """The answer, all of whose headers that do not hang on the fault are right."""
+        method = method or self.method
+        sent: Dict[str, Optional[str]] = {"X_Request_Id": "mine-1", "Origin": "app://obsidian.md", **headers}
+        if self.version:
+            sent["anthropic_version"] = "2023-06-01"
+        reply = client.call(method, self.path, body if method == "POST" else None, **sent)
+        assert (reply.headers["x-request-id"], reply.headers["vary"]) == ("mine-1", "Origin")
+        own = sent["Origin"] == "app://obsidian.md"
+        assert reply.headers.get("access-control-allow-origin") == (sent["Origin"] if own else None)
+        return reply
+
+
+def every_route() -> Iterator[Asked]:
+    """Each method and path that is registered, and what /v1/models stands for."""
+    registered = [(route.method, pattern) for route in clinvk.ROUTES for pattern in route.patterns]
+    for method, pattern in dict.fromkeys([*registered, ("GET", "/v1/models"), ("GET", "/v1/models/<name>")]):
+        path = re.sub(r"<\w+(:\w+)?>", "echo", pattern)
+        versions = (False, True) if path.startswith("/v1/") else (False,)
+        yield from (Asked(method, path, version) for version in versions)
+
+
+ROUTES = list(every_route())
+POSTS = [asked for asked in ROUTES if asked.method == "POST"]
+each_route = pytest.mark.parametrize("asked", ROUTES, ids=str)
+each_post = pytest.mark.parametrize("asked", POSTS, ids=str)
+
+KEY = "the-right-key"
+OPEN = re.compile(r"/(health|openapi\.json|metrics|docs(/.*)?)")  # without a key
+
+# A fault -> what a request with it has in place of the right headers, the status, and a word of the message.
+STRANGERS: Dict[str, Tuple[Dict[str, str], int, str]] = {
+    "another Host": ({"Host": "evil.example"}, 403, "server.allowed_hosts"),
+    "no Host": ({"Host": ""}, 403, "server.allowed_hosts"),
+    "a foreign Origin": ({"Origin": "https://evil.example"}, 403, 'cors_allowed_origins: ["https://evil.example"]'),
+    "the Origin of a file": ({"Origin": "null"}, 403, "Origin"),
+    "another local port": ({"Origin": "http://localhost:3000"}, 403, 'cors_allowed_origins: ["http://localhost:3000"]')}
+KEYLESS: Dict[str, Dict[str, str]] = {
+    "no key": {}, "an empty key": {"X_Api_Key": ""}, "a wrong key": {"X_Api_Key": "the-wrong-key"},
+    "a wrong Bearer": {"Authorization": "Bearer the-wrong-key"}, "both wrong": {"X_Api_Key": "a", "Authorization": "b"},
+    "the beginning of the key": {"X_Api_Key": KEY[:-1]}, "more than the key": {"Authorization": f"Bearer {KEY}x"},
+    "a key in capitals": {"X_Api_Key": KEY.upper()}, "a key that is not ASCII": {"X_Api_Key": "\xe9\xff"},
+    "a Bearer that is not ASCII": {"Authorization": "Bearer \xfcber"}, "all keys": {"X_Api_Key": f"{KEY},another-key"},
+    "a key twice": {"X_Api_Key": f"{KEY}, {KEY}"}, "another scheme": {"Authorization": f"Basic {KEY}"},
+    "no scheme": {"Authorization": KEY}, "only a scheme": {"Authorization": "Bearer "},
+    "a cookie": {"Cookie": f"X-Api-Key={KEY}"}, "another header": {"Api_Key": KEY, "Proxy_Authorization": KEY}}
+UNTYPED: Dict[str, Optional[str]] = {
+    "no type": None, "an empty type": "", "text": "text/plain", "a form": "application/x-www-form-urlencoded",
+    "multipart": "multipart/form-data; boundary=x", "jsonp": "application/jsonp", "another JSON": "text/json",
+    "JSON as a parameter": "text/plain; application/json", "two types": "application/json, text/plain",
+    "a kind of JSON": "application/problem+json"}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """An application with two keys. A proxy is trusted, so that a test can have an address of its own."""
+    home = tmp_path_factory.mktemp("guarded")
+    (home / "config.yaml").write_text("server: {rate_limit_enabled: true, rate_limit_rps: 0.01, rate_limit_burst: 1, "
+                                      "trusted_proxies: ['127.0.0.1']}")
+    around = {"HOME": str(home), "CLINVK_API_KEYS": f"another-key, {KEY}"}
+    client = Client(clinvk.load_config(str(home / "config.yaml"), around, {}))
+    yield client
+    client.server.close()
+
+
+ADDRESSES = itertools.count(1)
+
+
+def new_address() -> str:
+    number = next(ADDRESSES)
+    return f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}"
+
+
+@each_route
+def test_a_request_without_a_fault_passes_every_guard(guarded: Client, asked: Asked) -> None:
+    for key in ({"X_Api_Key": KEY}, {"Authorization": f"Bearer {KEY}"}, {"X_Api_Key": "another-key"}):
+        reply = asked.by(guarded, X_Forwarded_For=new_address(), **key)
+        assert reply.status in (200, 400, 404, 422)  # what the endpoint itself says of an empty body, or a name
+
+
+@pytest.mark.parametrize("named", STRANGERS)
+@each_route
+def test_no_route_answers_another_host_or_a_foreign_page(guarded: Client, asked: Asked, named: str) -> None:
+    headers, status, word = STRANGERS[named]
+    reply = asked.by(guarded, **{"X_Api_Key": KEY, "X_Forwarded_For": new_address(), **headers})
+    assert reply.status == status and word in fault(reply, asked.kind)
+    assert guarded.input.tell() == 0, "nothing of the body has been read"
+
+
+@pytest.mark.parametrize("named", KEYLESS)
+@each_route
+def test_no_route_but_the_open_ones_answers_without_a_right_key(guarded: Client, asked: Asked, named: str) -> None:
+    reply = asked.by(guarded, X_Forwarded_For=new_address(), **KEYLESS[named])
+    if OPEN.fullmatch(asked.path):
+        assert reply.status not in (401, 403)
+        return
+    assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer")
+    assert all(word in fault(reply, asked.kind) for word in ("X-Api-Key", "Authorization: Bearer"))
+    assert guarded.input.tell() == 0, "nothing of the body has been read"
+
+
+@pytest.mark.parametrize("named", UNTYPED)
+@each_post
+def test_no_route_takes_a_body_that_is_not_said_to_be_json(guarded: Client, asked: Asked, named: str) -> None:
+    reply = asked.by(guarded, X_Forwarded_For=new_address(), X_Api_Key=KEY, content_type=UNTYPED[named])
+    assert reply.status == 415 and "application/json" in fault(reply, asked.kind)
+    assert guarded.input.tell() == 0, "nothing of the body has been read"
+
+
+@each_route
+def test_every_route_is_limited_before_anything_else_is_looked_at(guarded: Client, asked: Asked) -> None:
+    address = new_address()
+    assert asked.by(guarded, X_Forwarded_For=address, X_Api_Key=KEY).status != 429
+    for headers in ({"X_Api_Key": KEY}, {}, {"Host": "evil.example"}, {"content_type": "text/plain"}):
+        reply = asked.by(guarded, X_Forwarded_For=address, **headers)
+        assert reply.status == 429 and 90 <= int(reply.headers["retry-after"]) <= 100
+        assert "too many requests" in fault(reply, asked.kind) and "www-authenticate" not in reply.headers
+
+
+@each_post
+def test_the_guards_stand_in_their_order_before_the_method_the_path_and_the_body(guarded: Client,
+                                                                                 asked: Asked) -> None:
+    faults = [({"Host": "evil.example"}, 403, "Host"), ({"Origin": "https://other.example"}, 403, "Origin"),
+              ({"X_Api_Key": "wrong"}, 401, "X-Api-Key"), ({"content_type": "text/plain"}, 415, "Content-Type")]
+    for first in range(len(faults)):
+        headers = {name: text for fields, _, _ in faults[first:] for name, text in fields.items()}
+        for path in (asked.path, "/nothing" + asked.path, "/health"):
+            there = Asked("POST", path, asked.version)
+            if first == 2 and path == "/health":
+                continue  # it needs no key
+            reply = there.by(guarded, body=b"{", **{"X_Api_Key": KEY, "X_Forwarded_For": new_address(), **headers})
+            assert reply.status == faults[first][1] and faults[first][2] in fault(reply, there.kind)
+
+
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "BREW")
+
+
+@each_route
+def test_a_wrong_method_is_a_405_that_says_which_are_right(guarded: Client, asked: Asked) -> None:
+    right = {other.method for other in ROUTES if other.path == asked.path}
+    for method in {*METHODS, *(["HEAD"] if "GET" not in right else [])} - right:
+        reply = asked.by(guarded, method, X_Api_Key=KEY, X_Forwarded_For=new_address())
+        assert reply.status == 405 and set(re.split(", *", reply.headers["allow"])) == right
+        if method != "HEAD":
+            assert all(word in fault(reply, asked.kind) for word in (asked.path, method, *right))
+
+
+@pytest.mark.parametrize("origin", ["app://obsidian.md", "http://localhost:8080"])
+@each_route
+def test_a_preflight_of_every_route_is_answered_without_a_key_and_without_running(guarded: Client, asked: Asked,
+                                                                                  origin: str) -> None:
+    reply = guarded.call("OPTIONS", asked.path, b"{}", Origin=origin, Access_Control_Request_Method=asked.method,
+                         X_Forwarded_For=new_address())
+    assert (reply.status, reply.body, guarded.input.tell()) == (204, b"", 0)
+    assert reply.headers["access-control-allow-origin"] == origin
+    assert asked.method in reply.headers["access-control-allow-methods"].split(", ")
+
+
+@each_post
+def test_no_route_takes_a_body_that_is_no_json(guarded: Client, asked: Asked) -> None:
+    reply = asked.by(guarded, body=b"{", X_Api_Key=KEY, X_Forwarded_For=new_address())
+    assert reply.status == 400 and fault(reply, asked.kind)
+
+
+def test_no_route_takes_a_body_over_the_limit_whether_its_length_is_told_or_not(serve: Callable[..., Served]) -> None:
+    server = serve(config={"server": {"max_request_body_bytes": 1000, "cors_allowed_origins": ["https://a.example"]}})
+    with_body = {pattern for route in clinvk.ROUTES if route.body for pattern in route.patterns}
+    for asked, size in itertools.product(POSTS, (1001, 4001)):  # at 4 times the limit waitress refuses by itself
+        told, chunked = f"Content-Length: {size}", "Transfer-Encoding: chunked"
+        headers = ["Content-Type: application/json", "X-Request-Id: mine-1", "Origin: https://a.example",
+                   *(["anthropic-version: 2023-06-01"] if asked.version else [])]
+        for length, body in ((told, size * " "), (chunked, f"{size:x}\r\n{size * ' '}\r\n0\r\n\r\n")):
+            if asked.path not in with_body and size == 1001:
+                continue  # it reads none
+            reply = server.raw(request_of(f"POST {asked.path} HTTP/1.1", *headers, length, body=body))
+            assert reply.status == 413 and "1000 bytes" in fault(reply, asked.kind), (asked, length)
+            assert (reply.headers["x-request-id"], reply.headers["vary"]) == ("mine-1", "Origin")
+            assert reply.headers["access-control-allow-origin"] == "https://a.example"
+
+
+def test_without_keys_everything_is_open(client: Client) -> None:
+    for sent in ({}, {"X_Api_Key": "whatever"}, {"Authorization": "Bearer whatever"}):
+        for path, body in BODIES.items():
+            assert client.call("POST", path, body, **sent).status == 200
+
+
+def test_nothing_has_run_when_a_page_is_refused(make_client: MakeClient, fake_cli: Callable[..., str],
+                                                tmp_path: Path) -> None:
+    leaves = fake_cli(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    client, body = make_client({"backends": {"own": {"command": leaves}}}), {"backend": "own", "prompt": "a"}
+    for refused in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"content_type": "text/plain"}):
+        assert client.call("POST", "/api/v1/prompt", body, **refused).status in (403, 415)
+    assert not (tmp_path / "ran").exists()
+    assert client.call("POST", "/api/v1/prompt", body).status == 200 and (tmp_path / "ran").exists()
+
+
+# ---- Ways around the guards, over a real socket
+
+# A target, and what it is answered without a key and with one.
+TARGETS = [
+    ("/api/v1/backends", 401, 200), ("//api/v1/backends", 401, 200), ("/api//v1///backends/", 401, 200),
+    ("/%61pi/v1/backends", 401, 200), ("/api%2Fv1%2Fbackends", 401, 200), ("/api/v1/backends?/health", 401, 200),
+    ("/api/v1/backends?x=../../../health", 401, 200), ("/api/v1/backends#/health", 401, 200),
+    ("/api/v1/backends?#/health", 401, 200), ("foo:/api/v1/backends", 401, 200), ("/v1/models", 401, 200),
+    ("http://localhost/api/v1/backends", 401, 200), ("HTTP://LOCALHOST:1/api/v1/backends", 401, 200),
+    ("/anthropic/v1/v1/models", 401, 200), ("//v1/models?beta=true", 401, 200), ("/", 401, 200),
+    ("/?/health", 401, 200),
+    ("/health/../api/v1/backends", 401, 404), ("/health%2F..%2Fapi/v1/backends", 401, 404),
+    ("/api/v1/../v1/backends", 401, 404), ("/./api/v1/backends", 401, 404), ("/health;/api/v1/backends", 401, 404),
+    ("/health;x", 401, 404), ("/health%00", 401, 404), ("/health%0A", 401, 404), ("/health%3Fx", 401, 404),
+    ("/health%23", 401, 404), ("/HEALTH", 401, 404), ("/health.", 401, 404), ("/health%20", 401, 404),
+    ("/%2568ealth", 401, 404), ("/health%5C..%5Capi", 401, 404), ("\\health", 401, 404), ("health", 401, 404),
+    ("*", 401, 404), ("/api/v1/backends/health", 401, 404), ("/openapi.json/x", 401, 404), ("//evil/health", 401, 404),
+    ("/health", 200, 200), ("/health/", 200, 200), ("//health", 200, 200), ("/%68ealth", 200, 200),
+    ("/health%2F", 200, 200), ("/%2Fhealth", 200, 200), ("/health?x=/api/v1/backends", 200, 200),
+    ("/health#/api/v1/backends", 200, 200)]
+
+
+@pytest.fixture(scope="module")
+def keyed(pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with a key."""
+    folder = tmp_path_factory.mktemp("keyed")
+    environ = {"HOME": str(folder), "PATH": os.environ["PATH"], "CLINVK_API_KEYS": KEY}
+    server = Served([sys.executable, str(pyz), "serve", "--port", "0"], folder, environ)
+    yield server
+    assert server.stop() == 0
+    assert "Traceback" not in server.stderr and "python exception" not in server.stderr
+
+
+@pytest.mark.parametrize("target, without, with_key", TARGETS)
+def test_no_way_to_write_a_path_leads_past_the_key(keyed: Served, target: str, without: int, with_key: int) -> None:
+    for method in ("GET", "HEAD"):
+        assert keyed.raw(request_of(f"{method} {target} HTTP/1.1")).status == without
+        assert keyed.raw(request_of(f"{method} {target} HTTP/1.1", "X-Api-Key: the-wrong-key")).status == without
+        assert keyed.raw(request_of(f"{method} {target} HTTP/1.1", f"X-Api-Key: {KEY}")).status == with_key
+
+
+@pytest.mark.parametrize("target", ["/docs/../api/v1/backends", "/docs/..%2Fapi/v1/backends",
+                                    "/docs%2F../api/v1/backends", "/docs/%2e%2e/api/v1/backends"])
+def test_no_file_of_the_docs_is_an_endpoint(keyed: Served, target: str) -> None:
+    for key in ([], [f"X-Api-Key: {KEY}"]):
+        assert keyed.raw(request_of(f"GET {target} HTTP/1.1", *key)).status in (401, 404)
+
+
+@pytest.mark.parametrize("first, headers, status", [
+    ("get /api/v1/backends HTTP/1.1", [], 400), ("post /api/v1/prompt HTTP/1.1", ["Content-Length: 2"], 400),
+    ("Post /api/v1/prompt HTTP/1.1", ["Content-Type: application/json", "Content-Length: 2"], 400),
+    ("GET /api/v1/prompt HTTP/1.1", ["X-HTTP-Method-Override: POST", "X-Method-Override: POST"], 405),
+    ("POST /health HTTP/1.1", ["X-HTTP-Method: GET", "Content-Type: application/json", "Content-Length: 2"], 405),
+    ("POST /api/v1/prompt HTTP/1.1", ["Content-Length: 2"], 415),  # without any type
+    ("POST /api/v1/prompt HTTP/1.1", ["Content_Type: application/json", "Content-Length: 2"], 415),
+    ("OPTIONS /api/v1/prompt HTTP/1.1", [], 405), ("OPTIONS * HTTP/1.1", [], 404),
+    ("CONNECT localhost:443 HTTP/1.1", [], 404), ("GET /api/v1/backends HTTP/1.0", [], 200)])
+def test_no_other_method_is_taken_for_one_that_runs(keyed: Served, first: str, headers: List[str], status: int) -> None:
+    body = "{}" if any("Length" in header for header in headers) else ""
+    assert keyed.raw(request_of(first, f"X-Api-Key: {KEY}", *headers, body=body)).status == status
+    assert keyed.raw(request_of(first, *headers, body=body)).status in (400, 401, status if "/health" in first else 401)
+
+
+@pytest.mark.parametrize("headers", [
+    ["X-Api-Key: wrong", f"X-Api-Key: {KEY}"], [f"X-Api-Key: {KEY}", f"X-Api-Key: {KEY}"], [f"X_Api_Key: {KEY}"],
+    [f"Authorization: Bearer {KEY}", "Authorization: Bearer wrong"],
+    [f"Proxy-Authorization: Bearer {KEY}"], [f"Cookie: X-Api-Key={KEY}"], ["Origin: app://x"],
+    ["Access-Control-Request-Method: GET", "Origin: app://x"], ["X-Forwarded-For: 127.0.0.1", "X-Real-IP: 127.0.0.1"],
+    ["X-Original-URL: /health", "X-Rewrite-URL: /health", "X-Forwarded-Prefix: /health"]])
+def test_no_other_header_is_taken_for_a_key(keyed: Served, headers: List[str]) -> None:
+    assert keyed.raw(request_of("GET /api/v1/backends HTTP/1.1", *headers)).status == 401
+
+
+@pytest.mark.parametrize("first, headers, status", [
+    ("GET /health HTTP/1.1", ["Host: localhost", "Host: evil.example"], 403),
+    ("GET /health HTTP/1.1", ["Host: evil.example", "Host: localhost"], 403),
+    ("GET /health HTTP/1.1", ["Host: localhost", "Host: localhost"], 403),
+    ("GET /health HTTP/1.1", ["Host: evil.example", "X-Forwarded-Host: localhost", "Forwarded: host=localhost"], 403),
+    ("GET /health HTTP/1.1", ["Host: localhost\r\n .evil.example"], 403), ("GET /health HTTP/1.1", ["Host:"], 403),
+    ("GET /health HTTP/1.1", ["Host: LocalHost:65536"], 200), ("GET /health HTTP/1.1", ["Host: \t[::1]:1 "], 200),
+    ("GET /health HTTP/1.0", ["Host: evil.example"], 403), ("GET /health", ["Host: evil.example"], 403)])
+def test_no_way_to_write_a_host_leads_past_its_check(keyed: Served, first: str, headers: List[str],
+                                                     status: int) -> None:
+    assert keyed.raw(request_of(first, *headers, f"X-Api-Key: {KEY}")).status == status
+
+
+@pytest.mark.parametrize("first", ["GET /health HTTP/1.1", "GET /health HTTP/1.0", "GET /health"])
+def test_a_request_without_a_host_is_refused(keyed: Served, first: str) -> None:
+    assert keyed.raw(f"{first}\r\nConnection: close\r\nX-Api-Key: {KEY}\r\n\r\n".encode()).status == 403
 
 
 # ---- Host
@@ -48,7 +330,9 @@ def refusal(reply: Reply, path: str) -> str:
 GOOD_HOSTS = ["localhost", "localhost:8080", "LocalHost:1", "127.0.0.1", "127.0.0.1:8080", "[::1]", "[::1]:8080"]
 BAD_HOSTS = ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example", "127.0.0.2", "",
              ":1", "0.0.0.0:8080", "192.168.0.7", "[::2]:8080", "[::1].evil.example", "localhost:80.evil.example",
-             "xlocalhost"]
+             "xlocalhost", "localhost.", "user@localhost", "localhost:80@evil.example", "localhost:x",
+             "localhost:80:80", "localhost, localhost", "localhost localhost", "[::1", "[::1%25lo]", "127.1",
+             "0x7f.0.0.1", "2130706433", "127.0.0.1.", "localhost/", "http://localhost", "::ffff:127.0.0.1"]
 
 
 @pytest.mark.parametrize("host", GOOD_HOSTS)
@@ -57,16 +341,8 @@ def test_this_machines_own_names_are_let_in(client: Client, host: str) -> None:
 
 
 @pytest.mark.parametrize("host", BAD_HOSTS)
-@pytest.mark.parametrize("path", ["/health", "/", "/v1/models"])
-def test_any_other_host_is_refused_even_where_no_key_is_needed(client: Client, host: str, path: str) -> None:
-    assert client.call("GET", path, Host=host).status == 403
-
-
-@each_api
-def test_a_refused_host_is_told_how_to_allow_it(client: Client, path: str) -> None:
-    reply = client.call("POST", path, BODIES[path], Host="evil.example")
-    assert reply.status == 403
-    assert all(word in refusal(reply, path) for word in ("evil.example", "server.allowed_hosts"))
+def test_any_other_host_is_refused_even_where_no_key_is_needed(client: Client, host: str) -> None:
+    assert client.call("GET", "/health", Host=host).status == 403
 
 
 @pytest.mark.parametrize("server, keys, host, status", [
@@ -79,6 +355,23 @@ def test_further_hosts_come_from_the_config(make_client: MakeClient, server: Any
                                             status: int) -> None:
     client = make_client({"server": server}, CLINVK_API_KEYS=keys)
     assert client.call("GET", "/openai/v1/models", Host=host, X_Api_Key="k").status == status
+
+
+@pytest.mark.parametrize("server, keys, remote, host, passes", [
+    ({"host": "0.0.0.0"}, "", "127.0.0.1", "localhost", True),
+    ({"host": "0.0.0.0"}, "", "10.0.0.2", "localhost", False),  # Host is what the caller likes
+    ({"host": "0.0.0.0", "allowed_hosts": ["box"]}, "", "10.0.0.2", "box", True),
+    ({"host": "0.0.0.0"}, "k", "10.0.0.2", "anything", True),
+    ({"host": "10.0.0.1"}, "", "10.0.0.2", "10.0.0.1", False),
+    ({"host": "10.0.0.1"}, "", "10.0.0.1", "10.0.0.1", True),
+    ({"host": "10.0.0.1"}, "k", "10.0.0.2", "10.0.0.1", True),
+    ({"host": "::"}, "", "::ffff:127.0.0.1", "localhost", True)])
+def test_other_machines_need_keys_or_a_name_that_was_allowed(
+        make_client: Callable[..., Any], server: Any, keys: str, remote: str, host: str, passes: bool) -> None:
+    config = make_client({"server": server}, CLINVK_API_KEYS=keys).server.config
+    head = clinvk.Head({"REQUEST_METHOD": "GET", "PATH_INFO": "/", "HTTP_HOST": host, "REMOTE_ADDR": remote})
+    with contextlib.nullcontext() if passes else pytest.raises(clinvk.Forbidden):
+        clinvk.check_host(config, head)
 
 
 # ---- Origin
@@ -95,25 +388,8 @@ def test_own_pages_and_desktop_apps_may_call(client: Client, origin: Optional[st
     "https://evil.example", "http://localhost:3000", "http://localhost", "http://127.0.0.1:8080", "null", "", "file://",
     "http://localhost:8080.evil.example", "https://app", "http://app://x", "app", "app:", "apps://x", "xapp://x",
     "chrome-extension://abc", "https://tauri.localhost", "*", "http://localhost:8080, http://evil.example"])
-@pytest.mark.parametrize("method, path", [("POST", "/api/v1/prompt"), ("GET", "/api/v1/backends"), ("GET", "/health")])
-def test_a_page_of_any_other_origin_is_refused(client: Client, origin: str, method: str, path: str) -> None:
-    assert client.call(method, path, BODIES.get(path), Origin=origin).status == 403
-
-
-@each_api
-def test_a_refused_origin_is_named(client: Client, path: str) -> None:
-    reply = client.call("POST", path, BODIES[path], Origin="https://evil.example")
-    assert reply.status == 403 and "https://evil.example" in refusal(reply, path)
-
-
-def test_nothing_has_run_when_a_page_is_refused(make_client: MakeClient, fake_cli: Callable[..., str],
-                                                tmp_path: Path) -> None:
-    leaves = fake_cli(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    client, body = make_client({"backends": {"own": {"command": leaves}}}), {"backend": "own", "prompt": "a"}
-    for refused in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"content_type": "text/plain"}):
-        assert client.call("POST", "/api/v1/prompt", body, **refused).status in (403, 415)
-    assert not (tmp_path / "ran").exists()
-    assert client.call("POST", "/api/v1/prompt", body).status == 200 and (tmp_path / "ran").exists()
+def test_a_page_of_any_other_origin_is_refused(client: Client, origin: str) -> None:
+    assert client.call("GET", "/health", Origin=origin).status == 403
 
 
 # ---- CORS
@@ -125,28 +401,23 @@ def test_nothing_has_run_when_a_page_is_refused(make_client: MakeClient, fake_cl
     (["http://localhost:*"], "http://localhost:3000.evil.example", 403),
     (["http://localhost:*"], "http://evil.example/localhost:3000", 403), (["http://a.b"], "http://aXb", 403),
     (["http://x", "http://[::1]:5173"], "http://[::1]:5173", 200), (["*"], "https://any.example", 200)])
-@each_api
-def test_an_allowed_origin_may_call_and_read(make_client: MakeClient, path: str, allowed: List[str], origin: str,
+def test_an_allowed_origin_may_call_and_read(make_client: MakeClient, allowed: List[str], origin: str,
                                              status: int) -> None:
     client = make_client({"server": {"cors_allowed_origins": allowed}})
-    reply = client.call("POST", path, BODIES[path], Origin=origin)
+    reply = client.call("POST", "/api/v1/prompt", BODIES["/api/v1/prompt"], Origin=origin)
     assert reply.status == status and reply.headers["vary"] == "Origin"
     assert reply.headers.get("access-control-allow-origin") == (origin if status == 200 else None)
     assert ("x-clinvk-backend" in reply.headers.get("access-control-expose-headers", "").lower()) == (status == 200)
     assert "access-control-allow-credentials" not in reply.headers
 
 
-@each_api
-def test_an_error_can_be_read_by_an_allowed_origin(make_client: MakeClient, path: str) -> None:
+@pytest.mark.parametrize("path", BODIES)
+def test_credentials_are_allowed_if_the_config_says_so_on_errors_too(make_client: MakeClient, path: str) -> None:
     client = make_client({"server": {"cors_allowed_origins": ["https://a.example"], "cors_allow_credentials": True}})
-    reply = client.call("POST", path, {}, Origin="https://a.example")
-    assert reply.status in (400, 422) and reply.headers["access-control-allow-origin"] == "https://a.example"
-    assert reply.headers["access-control-allow-credentials"] == "true"
-
-
-def test_a_refused_origin_is_told_the_line_to_add(client: Client) -> None:
-    reply = client.call("GET", "/health", Origin="http://localhost:3000")
-    assert 'server.cors_allowed_origins: ["http://localhost:3000"]' in reply.json["detail"]
+    for body in (BODIES[path], {}):
+        reply = client.call("POST", path, body, Origin="https://a.example")
+        assert reply.headers["access-control-allow-origin"] == "https://a.example"
+        assert reply.headers["access-control-allow-credentials"] == "true"
 
 
 ASKED = "Content-Type, x-api-key, X-Stainless-Os, anthropic-version, openai-beta, Authorization, X-Evil, accept"
@@ -176,30 +447,18 @@ def test_what_is_no_preflight_of_an_allowed_origin_needs_all_the_rest(make_clien
     assert client.call(method, "/api/v1/prompt", BODIES["/api/v1/prompt"], **headers).status == status
 
 
-def test_what_waitress_refuses_can_be_read_too(serve: Callable[..., Served]) -> None:
-    server = serve(config={"server": {"max_request_body_bytes": 10, "cors_allowed_origins": ["https://a.example"]}})
-    reply = server.call("POST", "/api/v1/prompt", b"x" * 100, Origin="https://a.example")
-    assert (reply.status, reply.headers["access-control-allow-origin"]) == (413, "https://a.example")
-
-
 # ---- Rate limit
 
 LIMITED = {"rate_limit_enabled": True, "rate_limit_rps": 0.001, "rate_limit_burst": 2}
 
 
-@each_api
-def test_who_asks_too_often_is_told_when_to_ask_again(make_client: MakeClient, path: str) -> None:
-    client = make_client({"server": {**LIMITED, "rate_limit_rps": 0.1}})
-    replies = [client.call("POST", path, BODIES[path]) for _ in range(3)]
-    assert [reply.status for reply in replies] == [200, 200, 429]
-    assert 1 <= int(replies[-1].headers["retry-after"]) <= 10
-    assert "too many requests" in json.dumps(replies[-1].json)
-
-
-def test_the_limit_comes_before_the_key_and_covers_every_path(make_client: MakeClient) -> None:
-    client = make_client({"server": LIMITED}, CLINVK_API_KEYS="k")
-    paths = ("/api/v1/backends", "/nothing", "/health", "/")
-    assert [client.call("GET", path).status for path in paths] == [401, 401, 429, 429]
+@pytest.mark.parametrize("burst", [1, 3])
+def test_an_address_may_ask_as_often_as_the_burst_says(make_client: MakeClient, burst: int) -> None:
+    client = make_client({"server": {**LIMITED, "rate_limit_burst": burst}}, CLINVK_API_KEYS=KEY)
+    paths = itertools.cycle(("/api/v1/backends", "/nothing", "/health", "/"))
+    asked = [client.call("GET", path).status for path, _ in zip(paths, range(burst + 3))]
+    assert 429 not in asked[:burst] and asked[burst:] == [429] * 3
+    assert client.call("GET", "/health", X_Forwarded_For="1.2.3.4").status == 429, "only a trusted proxy says who asks"
 
 
 def test_tokens_flow_back(make_client: MakeClient) -> None:
@@ -249,36 +508,6 @@ def test_a_right_key_is_let_in(make_client: MakeClient, sent: Dict[str, str]) ->
         assert client.call("POST", path, body, **sent).status == 200
 
 
-@pytest.mark.parametrize("sent", [
-    {}, {"X_Api_Key": ""}, {"X_Api_Key": "on"}, {"X_Api_Key": "one,two"}, {"X_Api_Key": "One"}, {"X_Api_Key": "onee"},
-    {"Authorization": "one"}, {"Authorization": "Basic one"}, {"Authorization": "Bearer"}, {"Authorization": "Bearer "},
-    {"Authorization": "Bearer three"}, {"Cookie": "X-Api-Key=one"}, {"X_Api_Key": "\xe9\xff"}])
-@each_api
-def test_no_key_or_a_wrong_one_is_refused(make_client: MakeClient, path: str, sent: Dict[str, str]) -> None:
-    reply = make_client(CLINVK_API_KEYS="one, two").call("POST", path, BODIES[path], **sent)
-    assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer")
-    assert "X-Api-Key" in refusal(reply, path)
-    if path.startswith("/api/v1"):
-        assert reply.json["error"] == "unauthorized" and reply.json["message"] == reply.json["detail"]
-
-
-@pytest.mark.parametrize("path, is_open", [
-    ("/health", True), ("/openapi.json", True), ("/docs", True), ("/metrics", True), ("//health/", True),
-    ("/health?key=1", True), ("/", False), ("/api/v1/backends", False), ("/openai/v1/models", False),
-    ("/v1/models", False), ("/anthropic/v1/models", False), ("/nothing", False), ("/healthy", False),
-    ("/api/v1/prompt/health", False), ("/health/../api/v1/backends", False)])
-def test_only_what_tells_nothing_is_open_without_a_key(make_client: MakeClient, path: str, is_open: bool) -> None:
-    client = make_client(CLINVK_API_KEYS="one")
-    for method in ("GET", "HEAD"):
-        assert (client.call(method, path).status != 401) == is_open
-
-
-@pytest.mark.parametrize("sent", [{}, {"X_Api_Key": "whatever"}, {"Authorization": "Bearer whatever"}])
-def test_without_keys_everything_is_open(client: Client, sent: Dict[str, str]) -> None:
-    for path, body in BODIES.items():
-        assert client.call("POST", path, body, **sent).status == 200
-
-
 # ---- Content type
 
 @pytest.mark.parametrize("given", ["application/json", "application/json; charset=utf-8", "Application/JSON",
@@ -286,14 +515,6 @@ def test_without_keys_everything_is_open(client: Client, sent: Dict[str, str]) -
 def test_json_is_taken(client: Client, given: str) -> None:
     for path, body in BODIES.items():
         assert client.call("POST", path, body, content_type=given).status == 200
-
-
-@pytest.mark.parametrize("given", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonx",
-                                   "multipart/form-data; boundary=x", "text/json", "text/plain; application/json"])
-@each_api
-def test_what_is_not_said_to_be_json_is_refused(client: Client, path: str, given: str) -> None:
-    reply = client.call("POST", path, BODIES[path], content_type=given)
-    assert reply.status == 415 and "application/json" in refusal(reply, path)
 
 
 def test_a_request_without_a_body_needs_no_content_type(client: Client) -> None:
@@ -391,8 +612,7 @@ def test_a_refused_workdir_is_an_error_of_each_api(client: Client, path: str, wo
     own = {"workdir": workdir} if path.startswith("/api") else {"clinvk": {"workdir": workdir}}
     reply = client.call("POST", path, {**BODIES[path], **own})
     assert reply.status == (400 if status == 422 and not path.startswith("/api") else status)
-    if reply.status == 403:
-        assert "/etc" in refusal(reply, path)
+    assert "workdir" in fault(reply, shape(path))
 
 
 # ---- Flags
@@ -452,23 +672,6 @@ def test_no_flag_that_the_server_decides_can_be_passed(backend: str, flags: List
         for extra in ([flag], [flag, "x"], [flag + "=x"]):
             with pytest.raises(clinvk.Forbidden):
                 clinvk.check_flags(extra, allowed, backend)
-
-
-@pytest.mark.parametrize("server, keys, remote, host, passes", [
-    ({"host": "0.0.0.0"}, "", "127.0.0.1", "localhost", True),
-    ({"host": "0.0.0.0"}, "", "10.0.0.2", "localhost", False),  # Host is what the caller likes
-    ({"host": "0.0.0.0", "allowed_hosts": ["box"]}, "", "10.0.0.2", "box", True),
-    ({"host": "0.0.0.0"}, "k", "10.0.0.2", "anything", True),
-    ({"host": "10.0.0.1"}, "", "10.0.0.2", "10.0.0.1", False),
-    ({"host": "10.0.0.1"}, "", "10.0.0.1", "10.0.0.1", True),
-    ({"host": "10.0.0.1"}, "k", "10.0.0.2", "10.0.0.1", True),
-    ({"host": "::"}, "", "::ffff:127.0.0.1", "localhost", True)])
-def test_other_machines_need_keys_or_a_name_that_was_allowed(
-        make_client: Callable[..., Any], server: Any, keys: str, remote: str, host: str, passes: bool) -> None:
-    config = make_client({"server": server}, CLINVK_API_KEYS=keys).server.config
-    head = clinvk.Head({"REQUEST_METHOD": "GET", "PATH_INFO": "/", "HTTP_HOST": host, "REMOTE_ADDR": remote})
-    with contextlib.nullcontext() if passes else pytest.raises(clinvk.Forbidden):
-        clinvk.check_host(config, head)
 
 
 @pytest.mark.parametrize("path, body", [
