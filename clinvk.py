@@ -5141,11 +5141,19 @@ def check_host(config: Config, head: Head) -> None:
         return
     own = {"localhost", "127.0.0.1", "::1", server.host.lower()}
     near = is_loopback(remote) or remote == server.host
-    name = host_name(head.get("Host"))
-    if name not in {*map(str.lower, server.allowed_hosts), *(own if near or config.keys else ())}:
-        raise Forbidden(f'the Host "{name}" is not allowed'
-                        + ("" if near else " for another machine, without API keys")
-                        + "; add it to server.allowed_hosts if it is yours")
+    allowed = {*map(str.lower, server.allowed_hosts), *(own if near or config.keys else ())}
+    for name in hosts_of(head):
+        if name not in allowed:
+            raise Forbidden(f'the Host "{name}" is not allowed'
+                            + ("" if near else " for another machine, without API keys")
+                            + "; add it to server.allowed_hosts if it is yours")
+
+
+def hosts_of(head: Head) -> List[str]:
+    """Whom a request is for: what its Host says, and what its target says if that is a whole URL (RFC 9112 3.2.2)."""
+    target = str(head.environ.get("REQUEST_URI", ""))
+    authority = "" if target.startswith("//") else urllib.parse.urlsplit(target).netloc  # as waitress reads it
+    return [host_name(host) for host in (head.get("Host"), *([authority] if authority else []))]
 
 
 WILDCARDS = ("0.0.0.0", "::", "*")
@@ -5160,8 +5168,8 @@ def is_loopback(address: str) -> bool:
 
 
 def host_name(host: str) -> str:
-    """`[::1]:8080` -> `::1`, `Localhost:8080` -> `localhost`."""
-    found = re.fullmatch(r"(?:\[([^\]]*)\]|([^:]*))(?::\d*)?", host)
+    """`[::1]:8080` -> `::1`, `Localhost:8080` -> `localhost`; what is neither an address nor a name stays as it is."""
+    found = re.fullmatch(r"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([^:\[\]]*))(?::\d*)?", host, re.IGNORECASE)
     return (found.group(1) or found.group(2) if found else host).lower()
 
 

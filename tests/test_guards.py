@@ -314,7 +314,15 @@ def test_no_other_header_is_taken_for_a_key(keyed: Served, headers: List[str]) -
     ("GET /health HTTP/1.1", ["Host: evil.example", "X-Forwarded-Host: localhost", "Forwarded: host=localhost"], 403),
     ("GET /health HTTP/1.1", ["Host: localhost\r\n .evil.example"], 403), ("GET /health HTTP/1.1", ["Host:"], 403),
     ("GET /health HTTP/1.1", ["Host: LocalHost:65536"], 200), ("GET /health HTTP/1.1", ["Host: \t[::1]:1 "], 200),
-    ("GET /health HTTP/1.0", ["Host: evil.example"], 403), ("GET /health", ["Host: evil.example"], 403)])
+    ("GET /health HTTP/1.0", ["Host: evil.example"], 403), ("GET /health", ["Host: evil.example"], 403),
+    ("GET http://evil.example/health HTTP/1.1", ["Host: localhost"], 403),
+    ("GET http://evil.example HTTP/1.1", ["Host: localhost"], 403),
+    ("GET https://localhost@evil.example/health HTTP/1.1", ["Host: localhost"], 403),
+    ("GET x://localhost:1@evil.example?/health HTTP/1.1", ["Host: localhost"], 403),
+    ("GET ht\ttp://evil.example/health HTTP/1.1", ["Host: localhost"], 403),
+    ("GET http://localhost/health HTTP/1.1", ["Host: evil.example"], 403),
+    ("GET http://[::1]:80/health HTTP/1.1", ["Host: localhost"], 200),
+    ("GET //evil.example/health HTTP/1.1", ["Host: localhost"], 404)])
 def test_no_way_to_write_a_host_leads_past_its_check(keyed: Served, first: str, headers: List[str],
                                                      status: int) -> None:
     assert keyed.raw(request_of(first, *headers, f"X-Api-Key: {KEY}")).status == status
@@ -332,7 +340,8 @@ BAD_HOSTS = ["evil.example", "evil.example:8080", "localhost.evil.example", "127
              ":1", "0.0.0.0:8080", "192.168.0.7", "[::2]:8080", "[::1].evil.example", "localhost:80.evil.example",
              "xlocalhost", "localhost.", "user@localhost", "localhost:80@evil.example", "localhost:x",
              "localhost:80:80", "localhost, localhost", "localhost localhost", "[::1", "[::1%25lo]", "127.1",
-             "0x7f.0.0.1", "2130706433", "127.0.0.1.", "localhost/", "http://localhost", "::ffff:127.0.0.1"]
+             "0x7f.0.0.1", "2130706433", "127.0.0.1.", "localhost/", "http://localhost", "::ffff:127.0.0.1", "[]", "[]:80",
+             "[localhost]", "[127.0.0.1]:8080", "[evil.example]"]
 
 
 @pytest.mark.parametrize("host", GOOD_HOSTS)
