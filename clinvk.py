@@ -5291,15 +5291,23 @@ class RateLimit:
 
 
 def client_address(config: Config, head: Head) -> str:
-    """Who sent a request: a proxy that is trusted may say for whom; of a list, the last that is no trusted proxy."""
+    """Who sent a request: a proxy that is trusted may say for whom; of a list, the last that is no trusted proxy.
+    What stands before that, or before something that is no address, may be anybody's word."""
     remote, trusted = str(head.environ.get("REMOTE_ADDR", "")), config.server.trusted_proxies
     if not in_networks(remote, trusted):
         return remote
     forwarded = [item.strip() for item in head.get("X-Forwarded-For").split(",") if item.strip()]
-    for address in [*reversed(forwarded), head.get("X-Real-IP").strip()]:
-        if is_address(address) and not in_networks(address, trusted):
-            return address
+    for item in reversed(forwarded or [head.get("X-Real-IP").strip()]):
+        address = without_port(item)
+        if not in_networks(address, trusted):
+            return address if is_address(address) else remote
     return remote
+
+
+def without_port(text: str) -> str:
+    """`1.2.3.4:5678` -> `1.2.3.4`, `[::1]:5678` -> `::1`: some proxies say the port, too."""
+    found = re.fullmatch(r"\[([0-9a-f:.]+)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+):\d+", text, re.IGNORECASE)
+    return text if found is None else found.group(1) or found.group(2)
 
 
 def is_address(text: str) -> bool:
@@ -5307,7 +5315,7 @@ def is_address(text: str) -> bool:
         ipaddress.ip_address(text)
     except ValueError:
         return False
-    return True
+    return re.fullmatch(r"[\w:.%-]+", text, re.ASCII) is not None  # ipaddress takes anything for a zone, "fe80::1%zone"
 
 
 def in_networks(address: str, networks: Iterable[str]) -> bool:
