@@ -5186,6 +5186,8 @@ APP_SCHEMES = ("app", "tauri", "vscode-webview", "vscode-file")  # no web page c
 
 def allows_origin(config: Config, head: Head) -> bool:
     origin = head.get("Origin").lower()
+    if re.search(r"[\s,]", origin):  # several, of which one might be allowed
+        return False
     scheme, separator, host = origin.partition("://")
     if separator and (scheme in APP_SCHEMES or (scheme in ("http", "https") and host == head.get("Host").lower())):
         return True
@@ -5235,7 +5237,8 @@ def check_key(config: Config, head: Head) -> None:
         return
     scheme, _, token = head.get("Authorization").partition(" ")
     sent = (head.get("X-Api-Key"), token.strip() if scheme.lower() == "bearer" else "")
-    given = [hmac.compare_digest(one.encode("latin-1"), key.encode()) for one in sent for key in config.keys]
+    keys = [key.encode(errors="surrogateescape") for key in config.keys]  # byte for byte as the environment has them
+    given = [hmac.compare_digest(one.encode("latin-1"), key) for one in sent for key in keys]
     if not any(given):
         raise Unauthorized("send one of the server's API keys as X-Api-Key or as Authorization: Bearer")
 

@@ -396,7 +396,8 @@ def test_own_pages_and_desktop_apps_may_call(client: Client, origin: Optional[st
 @pytest.mark.parametrize("origin", [
     "https://evil.example", "http://localhost:3000", "http://localhost", "http://127.0.0.1:8080", "null", "", "file://",
     "http://localhost:8080.evil.example", "https://app", "http://app://x", "app", "app:", "apps://x", "xapp://x",
-    "chrome-extension://abc", "https://tauri.localhost", "*", "http://localhost:8080, http://evil.example"])
+    "chrome-extension://abc", "https://tauri.localhost", "*", "http://localhost:8080, http://evil.example",
+    "app://x, https://evil.example", "app://x https://evil.example", "https://evil.example, app://x"])
 def test_a_page_of_any_other_origin_is_refused(client: Client, origin: str) -> None:
     assert client.call("GET", "/health", Origin=origin).status == 403
 
@@ -409,7 +410,9 @@ def test_a_page_of_any_other_origin_is_refused(client: Client, origin: str) -> N
     (["http://localhost:*"], "http://localhost:3000", 200), (["http://localhost:*"], "http://localhost", 200),
     (["http://localhost:*"], "http://localhost:3000.evil.example", 403),
     (["http://localhost:*"], "http://evil.example/localhost:3000", 403), (["http://a.b"], "http://aXb", 403),
-    (["http://x", "http://[::1]:5173"], "http://[::1]:5173", 200), (["*"], "https://any.example", 200)])
+    (["http://x", "http://[::1]:5173"], "http://[::1]:5173", 200), (["*"], "https://any.example", 200),
+    (["https://app.example"], "https://app.example, https://evil.example", 403),
+    (["*"], "https://app.example, https://evil.example", 403)])
 def test_an_allowed_origin_may_call_and_read(make_client: MakeClient, allowed: List[str], origin: str,
                                              status: int) -> None:
     client = make_client({"server": {"cors_allowed_origins": allowed}})
@@ -521,6 +524,14 @@ def test_a_right_key_is_let_in(make_client: MakeClient, sent: Dict[str, str]) ->
     client = make_client(CLINVK_API_KEYS="one, two")
     for path, body in BODIES.items():
         assert client.call("POST", path, body, **sent).status == 200
+
+
+@pytest.mark.parametrize("key", ["schl\u00fcssel".encode(), b"schl\xfcssel", b"\xff\xfe"])
+def test_a_key_may_have_any_bytes(make_client: MakeClient, key: bytes) -> None:
+    client = make_client(CLINVK_API_KEYS="one," + key.decode(errors="surrogateescape"))
+    for sent, status in ((key, 200), (key + b"x", 401), (key[:-1], 401), (b"", 401), (b"one", 200)):
+        for headers in ({"X_Api_Key": sent.decode("latin-1")}, {"Authorization": "Bearer " + sent.decode("latin-1")}):
+            assert client.call("GET", "/api/v1/backends", **headers).status == status
 
 
 # ---- Content type
