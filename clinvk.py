@@ -5353,8 +5353,12 @@ def allowed_workdir(asked: Optional[str], config: Config, at: str) -> str:
 
 
 def within(path: str, prefix: str) -> bool:
-    """Whether `path` is `prefix` or below it, in whole components; also below what `prefix` is a link to."""
-    return any(path == p or path.startswith(p.rstrip("/") + "/") for p in (prefix, os.path.realpath(prefix)))
+    """Whether `path`, a directory whose links are resolved, is `prefix` or below it, in whole components. It is one and
+    the same directory that counts, not its name: where a file system has /etc, it may have it as /ETC, too."""
+    if not os.path.isdir(prefix):
+        return False
+    there = os.stat(prefix)
+    return any(os.path.samestat(os.stat(place), there) for place in (Path(path), *Path(path).parents))
 
 
 def check_flags(extra: List[str], allowed: Mapping[str, bool], backend: str) -> None:

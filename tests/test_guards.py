@@ -5,12 +5,14 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
-from conftest import Client, Reply, Served, eventually, fault, request_of, shape
+from conftest import REPO, Client, Reply, Served, eventually, fault, request_of, shape
 
 import clinvk
 
@@ -569,6 +571,40 @@ def workdir(make_client: MakeClient, tmp_path: Path) -> Callable[..., str]:
 def test_an_existing_directory_is_taken_with_its_links_resolved(
         workdir: Callable[..., str], tmp_path: Path, path: str) -> None:
     assert workdir(f"{tmp_path}/{path}") == os.path.realpath(tmp_path / path)
+
+
+# Its arguments: where clinvk.py is, a blocked directory, and others, of which it says what becomes of them.
+ASKS_FOR = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import clinvk
+server = clinvk.ServerConfig(blocked_workdir_prefixes=[sys.argv[2]])
+for path in sys.argv[3:]:
+    try:
+        print(clinvk.allowed_workdir(path, clinvk.Config(server=server), "body"))
+    except clinvk.Forbidden:
+        print("blocked")
+"""
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare on this machine")
+def test_a_blocked_directory_is_blocked_under_any_name(tmp_path: Path) -> None:
+    (tmp_path / "secret" / "inner").mkdir(parents=True)
+    (tmp_path / "other" / "inner").mkdir(parents=True)
+    mounted = 'mount --bind secret other && exec "$0" -c "$1" "$2" "$PWD/secret" "$PWD/other" "$PWD/other/inner" "$PWD"'
+    done = subprocess.run(["unshare", "--map-root-user", "--mount", "sh", "-c", mounted, sys.executable, ASKS_FOR,
+                           str(REPO)], cwd=tmp_path, capture_output=True, text=True)
+    if done.returncode and re.match("unshare:|mount:", done.stderr):
+        pytest.skip("nothing can be mounted here")
+    assert (done.stdout.split(), done.stderr) == (["blocked", "blocked", str(tmp_path)], "")
+
+
+@pytest.mark.skipif(sys.platform != "darwin", reason="macOS takes capital letters for small ones")
+@pytest.mark.parametrize("path", ["/ETC", "/private/ETC", "/private/etc", "/USR/Bin", "/private/var/run", "/DEV"])
+def test_a_directory_of_the_system_is_refused_however_macos_lets_it_be_written(workdir: Callable[..., str],
+                                                                               path: str) -> None:
+    with pytest.raises(clinvk.Forbidden, match="workdir"):
+        workdir(path)
 
 
 def test_without_a_workdir_it_is_the_servers_own(workdir: Callable[..., str]) -> None:
