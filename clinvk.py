@@ -5340,15 +5340,21 @@ def allowed_workdir(asked: Optional[str], config: Config, at: str) -> str:
         if not os.path.isdir(config.here):
             raise Invalid([Problem(f"{at}.workdir", "is required: the server's own directory is gone")])
         return config.here
-    resolved, home = os.path.realpath(asked), os.path.realpath(config.environ.get("HOME") or os.path.expanduser("~"))
+    try:  # os.path.realpath would leave what comes behind a loop of links as it is, links to blocked places included
+        resolved = str(Path(asked).resolve(strict=True))
+    except (OSError, RuntimeError, ValueError):  # a loop; a NUL
+        resolved = ""
     if not os.path.isdir(resolved):
         raise Invalid([Problem(f"{at}.workdir", "must be an existing directory", asked)])
+    home = os.path.realpath(config.environ.get("HOME") or os.path.expanduser("~"))
     blocked = [p for p in BLOCKED_PREFIXES if p != "/root" or home != "/root"] + config.server.blocked_workdir_prefixes
     if any(within(resolved, prefix) for prefix in blocked):
         raise Forbidden(f"workdir: {asked} lies in a blocked directory; choose another one")
     allowed = config.server.allowed_workdir_prefixes
     if allowed and not any(within(resolved, prefix) for prefix in allowed):
         raise Forbidden(f"workdir: {asked} lies in none of server.allowed_workdir_prefixes")
+    if not os.access(resolved, os.X_OK):
+        raise Forbidden(f"workdir: {asked} can not be entered by the user that clinvk runs as; choose another one")
     return resolved
 
 

@@ -67,6 +67,7 @@ POSTS = [asked for asked in ROUTES if asked.method == "POST"]
 each_route = pytest.mark.parametrize("asked", ROUTES, ids=str)
 each_post = pytest.mark.parametrize("asked", POSTS, ids=str)
 
+AS_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything")
 KEY = "the-right-key"
 OPEN = re.compile(r"/(health|openapi\.json|metrics|docs(/.*)?)")  # without a key
 
@@ -557,7 +558,10 @@ def workdir(make_client: MakeClient, tmp_path: Path) -> Callable[..., str]:
     for folder in ("a/inner", "ab", "secret/inner"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "a/file").write_text("")
-    for name, target in {"to_etc": "/etc", "to_secret": "secret", "to_a": "a", "nowhere": "missing"}.items():
+    links = {"to_etc": "/etc", "to_secret": "secret", "to_a": "a", "nowhere": "missing", "loop": "loop",
+             "chain": "to_a", "chain_to_etc": "to_etc", "to_root": "/root", "a/up": "..", "a/loop": "loop",
+             "a/out": "../secret/inner", "to_ssl": "/etc/ssl"}
+    for name, target in links.items():
         (tmp_path / name).symlink_to(target)
 
     def resolved(path: Any, home: str = "", **server: List[str]) -> str:
@@ -567,7 +571,8 @@ def workdir(make_client: MakeClient, tmp_path: Path) -> Callable[..., str]:
     return resolved
 
 
-@pytest.mark.parametrize("path", ["a", "ab", "a/inner", "a/", "a/../ab", "to_a", "to_a/inner"])
+@pytest.mark.parametrize("path", ["a", "ab", "a/inner", "a/", "a/../ab", "to_a", "to_a/inner", "to_a/../ab",
+                                  "a//inner/.", "chain", "chain/inner/", "a/up/ab", "a/up/to_a/up"])
 def test_an_existing_directory_is_taken_with_its_links_resolved(
         workdir: Callable[..., str], tmp_path: Path, path: str) -> None:
     assert workdir(f"{tmp_path}/{path}") == os.path.realpath(tmp_path / path)
@@ -613,7 +618,9 @@ def test_without_a_workdir_it_is_the_servers_own(workdir: Callable[..., str]) ->
 
 @pytest.mark.parametrize("path, message", [
     ("TMP/missing", "existing directory"), ("TMP/a/file", "existing directory"), ("TMP/nowhere", "existing directory"),
-    ("TMP/a/file/..x", "existing directory")])
+    ("TMP/a/file/..x", "existing directory"), ("TMP/loop", "existing directory"), ("TMP/a/file/", "existing directory"),
+    ("TMP/loop/..", "existing directory"), ("TMP/" + 300 * "x", "existing directory"), ("/dev/null", "existing"),
+    ("TMP/a\0", "existing directory"), ("file:///tmp", "absolute"), ("$HOME", "absolute"), ("~/x", "absolute")])
 def test_what_is_no_directory_is_a_fault_of_the_request(
         workdir: Callable[..., str], tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(clinvk.Invalid, match=f"body.workdir: .*{message}"):
@@ -623,7 +630,8 @@ def test_what_is_no_directory_is_a_fault_of_the_request(
 @pytest.mark.parametrize("path", ["/etc", "/etc/", "//etc", "/etc/.", "/proc", "/proc/self", "/sys", "/dev", "/usr/bin",
                                   "/bin", "/sbin", "/usr/sbin", "/boot", "/lib", "/usr/lib", "/usr/lib/..//lib",
                                   "/root", "/var/run", "/run", "/var/lock", "/tmp/../etc", "TMP/to_etc",
-                                  "TMP/a/../to_etc"])
+                                  "TMP/a/../to_etc", "TMP/chain_to_etc", "TMP/to_etc/../etc", "TMP/a/up/to_etc",
+                                  "/proc/self/root/etc", "/etc/../etc", "/proc/self/task/..", "TMP/to_ssl"])
 def test_a_directory_of_the_system_is_refused(workdir: Callable[..., str], tmp_path: Path, path: str) -> None:
     path = path.replace("TMP", str(tmp_path))
     if not os.path.isdir(path):
@@ -632,9 +640,22 @@ def test_a_directory_of_the_system_is_refused(workdir: Callable[..., str], tmp_p
         workdir(path)
 
 
+@pytest.mark.parametrize("path", ["TMP/loop/../to_etc", "TMP/loop/../to_ssl", "TMP/loop/../a/out", "TMP/a/loop/../out",
+                                  "TMP/a/loop/../../loop/../secret/inner", "TMP/a/loop/x/../../out"])
+@pytest.mark.parametrize("settings", [{"blocked_workdir_prefixes": ["secret"]}, {"allowed_workdir_prefixes": ["a"]}])
+def test_a_loop_of_links_hides_no_link_to_a_directory_that_is_refused(
+        workdir: Callable[..., str], tmp_path: Path, path: str, settings: Any) -> None:
+    with pytest.raises(clinvk.Invalid, match="existing directory"):
+        workdir(path.replace("TMP", str(tmp_path)), **settings)
+
+
 @pytest.mark.skipif(not os.path.isdir("/root"), reason="there is no /root on this machine")
-def test_root_may_work_at_home(workdir: Callable[..., str]) -> None:
-    assert workdir("/root", home="/root") == "/root"
+@pytest.mark.parametrize("home, is_home", [("/root", True), ("/root/", True), ("//root/.", True), ("TMP/to_root", True),
+                                           ("/home", False), ("/", False), ("/root/own", False), ("TMP/a", False)])
+def test_only_root_may_work_in_the_home_of_root(workdir: Callable[..., str], tmp_path: Path, home: str,
+                                                is_home: bool) -> None:
+    with contextlib.nullcontext() if is_home else pytest.raises(clinvk.Forbidden, match="blocked"):
+        assert workdir("/root", home=home.replace("TMP", str(tmp_path))) == "/root"
 
 
 @pytest.mark.parametrize("path", ["secret", "secret/inner", "to_secret", "to_secret/inner", "a/../secret"])
@@ -668,7 +689,19 @@ def test_a_system_directory_stays_blocked_when_everything_is_allowed(make_client
     assert clinvk.allowed_workdir("/tmp", config, "body") == os.path.realpath("/tmp")
 
 
-@pytest.mark.parametrize("workdir, status", [("/etc", 403), ("etc", 422), ("/missing", 422)])
+@AS_ROOT
+def test_a_directory_that_can_not_be_entered_is_an_error_that_says_so(make_client: MakeClient, tmp_path: Path) -> None:
+    (tmp_path / "locked" / "inner").mkdir(parents=True)
+    (tmp_path / "locked").chmod(0)
+    client = make_client({"backends": {"own": {"command": "cat"}}})
+    for place, status, word in (("locked", 403, "can not be entered"), ("locked/inner", 422, "existing directory")):
+        body = {"backend": "own", "prompt": "a", "workdir": str(tmp_path / place)}
+        reply = client.call("POST", "/api/v1/prompt", body)
+        assert (reply.status, word in fault(reply, "native")) == (status, True)
+    (tmp_path / "locked").chmod(0o700)
+
+
+@pytest.mark.parametrize("workdir, status", [("/etc", 403), ("etc", 422), ("/missing", 422), ("/tmp\0", 422)])
 @pytest.mark.parametrize("path", [path for path in BODIES if "count_tokens" not in path])
 def test_a_refused_workdir_is_an_error_of_each_api(client: Client, path: str, workdir: str, status: int) -> None:
     own = {"workdir": workdir} if path.startswith("/api") else {"clinvk": {"workdir": workdir}}
