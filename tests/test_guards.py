@@ -3,8 +3,10 @@ what it refuses, the ways around them, working directories and flags."""
 
 import contextlib
 import itertools
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -767,6 +769,65 @@ def test_no_flag_that_the_server_decides_can_be_passed(backend: str, flags: List
         for extra in ([flag], [flag, "x"], [flag + "=x"]):
             with pytest.raises(clinvk.Forbidden):
                 clinvk.check_flags(extra, allowed, backend)
+
+
+PASSED: List[Tuple[str, List[str]]] = [
+    ("claude", []), ("claude", ["--effort", "high"]), ("claude", ["--effort=high"]), ("claude", ["--betas", "x"]),
+    ("claude", ["--max-budget-usd", "0.5"]), ("claude", ["--disallowedTools", "Bash,Edit"]),
+    ("claude", ["--disallowed-tools=Bash Edit"]), ("claude", ["--exclude-dynamic-system-prompt-sections"]),
+    ("claude", ["--effort", "low", "--betas=x", "--allowed", "y"]), ("codex", []), ("codex", ["--allowed", "y"]),
+    ("gemini", ["--debug"]), ("gemini", ["-d", "--debug"]), ("gemini", ["--allowed=y"]), ("own", ["--allowed", "y"])]
+# A value with a dash, one too many, one that no flag asked for, an abbreviation that a parser would expand, short flags
+# in one word, capitals, a path into an option, what the server decides.
+REFUSED: List[Tuple[str, List[str], str]] = [
+    *(("claude", extra, named) for extra, named in [
+        (["--effort", "-1"], "-1"), (["--effort", "--model"], "--model"), (["--betas", "x", "y"], '"y"'),
+        (["--effort=high", "x"], '"x"'), (["--exclude-dynamic-system-prompt-sections", "x"], '"x"'), (["x"], '"x"'),
+        (["--eff", "high"], "--eff"), (["--effor=high"], "--effor"), (["--disallowed"], "--disallowed"),
+        (["--dangerously-skip"], "--dangerously-skip"), (["-dp"], "-dp"), (["-cr"], "-cr"), (["-p=x"], "-p"),
+        (["--Effort", "high"], "--Effort"), (["--effort high"], "--effort high"), (["--", "x"], "--"), (["-"], "-"),
+        (["--effort", "high", "--settings={}"], "--settings"), (["--allowed-tools", "Bash"], "--allowed-tools"),
+        (["--mcp-config", "x"], "--mcp-config"), (["--add-dir=/"], "--add-dir"), ([""], '""'),
+        (["\u2013\u2013model"], '"\u2013\u2013model"'), ([" --model"], '" --model"'), (["--allow", "y"], "--allow")]),
+    *(("codex", extra, named) for extra, named in [
+        (["-c", "x=y"], "-c"), (["-cx=y"], "-cx"), (["--config=x=y"], "--config"), (["--yolo"], "--yolo"),
+        (["--full-auto"], "--full-auto"), (["exec"], '"exec"'), (["-sdanger-full-access"], "-sdanger-full-access"),
+        (["--allowedx"], "--allowedx"), (["--allowed", "y", "exec"], '"exec"'), (["--enable=hooks"], "--enable")]),
+    *(("gemini", extra, named) for extra, named in [
+        (["--debug", "x"], '"x"'), (["-dy"], "-dy"), (["-yd"], "-yd"), (["-d", "-y"], "-y"), (["--deb"], "--deb"),
+        (["--no-debug"], "--no-debug"), (["--debug.x=1"], "--debug.x"), (["--yolo"], "--yolo"), (["-ddd"], "-ddd"),
+        (["--approvalMode=yolo"], "--approvalMode"), (["--policy", "x"], "--policy"), (["-e", "x"], "-e")]),
+    ("own", ["--other"], "--other"), ("own", ["-a"], "-a"), ("own", ["--allowed", "y", "z"], '"z"')]
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Reply]]:
+    """`planned(backend, extra)`: the answer to a dry run; the config of each backend allows one flag more."""
+    home = tmp_path_factory.mktemp("planned")
+    backends = {name: {"command": "/bin/cat", "allowed_extra_flags": ["--allowed"]}
+                for name in ("claude", "codex", "gemini", "own")}
+    (home / "config.yaml").write_text(json.dumps({"backends": backends}))
+    client = Client(clinvk.load_config(str(home / "config.yaml"), {"HOME": str(home), "GEMINI_API_KEY": "x"}, {}))
+    yield lambda backend, extra, **fields: client.call(
+        "POST", "/api/v1/prompt", {"backend": backend, "prompt": "a", "extra": extra, "dry_run": True, **fields})
+    client.server.close()
+
+
+@pytest.mark.parametrize("backend, extra", PASSED)
+def test_the_listed_flags_of_each_backend_reach_its_command_line(planned: Callable[..., Reply], backend: str,
+                                                                 extra: List[str]) -> None:
+    reply = planned(backend, extra)
+    assert reply.status == 200
+    argv = shlex.split(reply.json["output"].splitlines()[0])
+    assert argv[len(argv) - len(extra) - (backend == "codex"):][:len(extra)] == extra
+
+
+@pytest.mark.parametrize("backend, extra, named", REFUSED)
+def test_any_other_flag_or_word_of_each_backend_is_refused_by_name(planned: Callable[..., Reply], backend: str,
+                                                                   extra: List[str], named: str) -> None:
+    for fields in ({}, {"dry_run": None}, {"ephemeral": True}):
+        reply = planned(backend, extra, **fields)
+        assert reply.status == 403 and f"extra: {named} " in fault(reply, "native")
 
 
 @pytest.mark.parametrize("path, body", [
