@@ -5144,7 +5144,8 @@ def check_host(config: Config, head: Head) -> None:
     allowed = {*map(str.lower, server.allowed_hosts), *(own if near or config.keys else ())}
     for name in hosts_of(head):
         if name not in allowed:
-            raise Forbidden(f'the Host "{name}" is not allowed'
+            shown = re.sub(".*@", "...@", name)  # there may be a password before it
+            raise Forbidden(f'the Host "{shown}" is not allowed'
                             + ("" if near else " for another machine, without API keys")
                             + "; add it to server.allowed_hosts if it is yours")
 
@@ -6503,7 +6504,8 @@ class RefusedByWaitress(waitress.task.ErrorTask):
         request, fault = self.request, self.request.error
         head = Head({"REQUEST_METHOD": getattr(request, "command", ""), "PATH_INFO": getattr(request, "path", ""),
                      **{f"HTTP_{name}": value for name, value in request.headers.items()}})
-        error: ClinvkError = BadRequest(f"{fault.reason}: {fault.body}")
+        what, _, _ = fault.body.partition(' "')  # then comes the line itself, in which there may be a key
+        error: ClinvkError = BadRequest(f"{fault.reason}: {what}")
         if fault.code == 413:
             error = TooLarge(too_large(self.channel.adj.max_request_body_size // READ_ANYWAY))
         elif fault.code == 500:

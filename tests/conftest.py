@@ -210,7 +210,7 @@ def serve(pyz: Path, tmp_path: Path) -> Iterator[Callable[..., Served]]:
 def request_of(first: str, *headers: str, body: str = "") -> bytes:
     """A request for `Served.raw`, to localhost unless a Host is given."""
     host = [] if any(header.startswith("Host:") for header in headers) else ["Host: localhost"]
-    return "\r\n".join([first, *host, "Connection: close", *headers, "", body]).encode("latin-1")
+    return "\r\n".join([first, *host, *headers, "Connection: close", "", body]).encode("latin-1")
 
 
 # ---- The application, called as WSGI
