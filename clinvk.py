@@ -584,6 +584,9 @@ def load_config(path: Optional[str], environ: Mapping[str, str], flags: Mapping[
     return dataclasses.replace(config, keys=keys_of(config))
 
 
+GOPASS_SECS = 30.0  # somebody may have to type a passphrase
+
+
 def keys_of(config: Config) -> Tuple[str, ...]:
     """The keys in the environment, else those that gopass keeps; none: the server is open. Raises ConfigError if gopass
     was to have some, and does not tell them."""
@@ -591,10 +594,11 @@ def keys_of(config: Config) -> Tuple[str, ...]:
     if path and not words_of(given):
         try:
             given = subprocess.run(["gopass", "show", "--password", path], env=dict(config.environ), check=True,
-                                   stdin=subprocess.DEVNULL, capture_output=True, timeout=30, encoding="utf-8",
+                                   stdin=subprocess.DEVNULL, capture_output=True, timeout=GOPASS_SECS, encoding="utf-8",
                                    errors="replace").stdout
         except (OSError, subprocess.SubprocessError) as error:
-            said = " ".join((getattr(error, "stderr", None) or "").split())[-300:]
+            told = getattr(error, "stderr", None) or ""  # bytes if its time was up, whatever the encoding
+            said = " ".join((told if isinstance(told, str) else told.decode(errors="replace")).split())[-300:]
             raise ConfigError(f"server.api_keys_gopass_path: `gopass show --password {path}` does not tell the keys ("
                               f"{said or error}). Mend that, or give them in CLINVK_API_KEYS") from None
         if not words_of(given):

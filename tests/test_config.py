@@ -321,6 +321,15 @@ def test_without_the_keys_of_gopass_nothing_is_open(gopass: Callable[[str], Dict
         clinvk.load_config(None, gopass(script), {})
 
 
+def test_a_gopass_that_waits_for_somebody_is_told_with_what_it_asks(
+        gopass: Callable[[str], Dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clinvk, "GOPASS_SECS", 1)
+    with pytest.raises(clinvk.ConfigError, match=r"`gopass show --password a/b` .*\(passphrase, please\)"):
+        clinvk.load_config(None, gopass("print('passphrase, please', file=sys.stderr, flush=True); time.sleep(60)"), {})
+    with pytest.raises(clinvk.ConfigError, match="timed out"):
+        clinvk.load_config(None, gopass("time.sleep(60)"), {})
+
+
 def test_a_gopass_that_is_not_there_stops_the_start(refusal: Refusal, tmp_path: Path) -> None:
     told = refusal(CLINVK_API_KEYS_GOPASS_PATH="a/b", PATH=str(tmp_path))
     assert "gopass show --password a/b" in told and "CLINVK_API_KEYS" in told
