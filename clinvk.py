@@ -522,6 +522,7 @@ class Config:
     parallel: ParallelConfig = param(ParallelConfig)
     server: ServerConfig = param(ServerConfig)
     home: Path = internal(Path())
+    file: Optional[Path] = dataclasses.field(default=None, compare=False)  # that was read
     here: str = internal("")  # the directory in which the server was started
     keys: Tuple[str, ...] = internal(())
     environ: Mapping[str, str] = internal(dict)  # what the CLIs inherit
@@ -564,7 +565,8 @@ def load_config(path: Optional[str], environ: Mapping[str, str], flags: Mapping[
     home = Path(environ.get("CLINVK_HOME") or Path(environ.get("HOME") or Path.home()) / ".clinvk").absolute()
     named = path or environ.get("CLINVK_CONFIG")
     file = Path(named) if named else home / "config.yaml"
-    tree = read_yaml(file) if named or file.exists() else {}
+    is_there = bool(named) or file.exists()
+    tree = read_yaml(file) if is_there else {}
     sources = {}
     for variable, key in VARIABLES.items():
         if environ.get(variable):
@@ -579,7 +581,7 @@ def load_config(path: Optional[str], environ: Mapping[str, str], flags: Mapping[
         raise ConfigError("; ".join(explain(p, sources.get(p.location, str(file))) for p in error.problems)) from None
     given = {name: BackendConfig() for name in BUILT_IN}
     config = dataclasses.replace(config, backends={**given, **config.backends}, home=home, here=working_directory(),
-                                 environ=dict(environ))
+                                 file=file if is_there else None, environ=dict(environ))
     refuse_contradictions(config, lambda key: sources.get(key, str(file)))
     return dataclasses.replace(config, keys=keys_of(config))
 
@@ -1693,6 +1695,17 @@ def without_secret_values(argv: Sequence[str]) -> List[str]:
 
 
 SECRET = re.compile("key|secret|password|token(?!s)|authorization", re.IGNORECASE)
+
+
+def secrets_in(config: Config) -> List[str]:
+    """The keys of the config file that seem to hold a secret."""
+    found = []
+    for name, backend in config.backends.items():
+        found += [f"backends.{name}.env.{variable}" for variable in backend.env if SECRET.search(variable)]
+        for key, words in (("command", command_of(name, config)), ("extra_flags", [name, *backend.extra_flags])):
+            if without_secret_values(words) != words:
+                found.append(f"backends.{name}.{key}")
+    return found
 
 
 NOT_ALLOWED = "not allowed by the request's approval_mode and sandbox_mode"
@@ -6676,13 +6689,25 @@ def announce(config: Config, listening: Any) -> None:
     for kind, paths in ways_in().items():
         print(f"  {kind + ':':<15} {', '.join(paths)}")
     print("\nPress Ctrl+C to stop", flush=True)
+    for warning in warnings_of(config, host):
+        print(f"clinvk: warning: {warning}", file=sys.stderr, flush=True)
+
+
+def warnings_of(config: Config, host: str) -> Iterator[str]:
+    """What is allowed, but may not be meant; `host` is the address that is listened on."""
     if without_effect(config):
-        print(f"clinvk: warning: without effect in clinvk {__version__} yet: {', '.join(without_effect(config))}",
-              file=sys.stderr, flush=True)
+        yield f"without effect in clinvk {__version__} yet: {', '.join(without_effect(config))}"
     if host not in ("127.0.0.1", "::1") and not config.keys:
-        print(f"clinvk: warning: {host} can be reached from other machines, and there are no API keys: whoever reaches "
-              "it could run your CLIs. Other machines get 403 until server.allowed_hosts or CLINVK_API_KEYS is set.",
-              file=sys.stderr, flush=True)
+        yield (f"{host} can be reached from other machines, and there are no API keys: whoever reaches it could run "
+               "your CLIs. Other machines get 403 until server.allowed_hosts or CLINVK_API_KEYS is set.")
+    if "*" in config.server.cors_allowed_origins and not config.keys:
+        yield ('server.cors_allowed_origins has "*", and there are no API keys: any web page that is open in a browser '
+               "here could run your CLIs. Name the origins that may, or set CLINVK_API_KEYS.")
+    mode = config.file.stat().st_mode & 0o777 if config.file and config.file.exists() else 0
+    secrets = secrets_in(config)
+    if mode & 0o044 and secrets and os.name != "nt":
+        yield (f"{config.file} can be read by other users (mode {mode:04o}), and holds secrets ({', '.join(secrets)}). "
+               f"Run: chmod 600 {shlex.quote(str(config.file))}")
 
 
 def stop_serving(server: Server, number: int, frame: Any) -> None:

@@ -1,8 +1,10 @@
 """The command line: clinvk.pyz as a process, from its start-up text to its exit code."""
 
 import contextlib
+import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -190,6 +192,48 @@ def test_an_address_that_others_reach_is_warned_of_unless_there_are_keys(
     assert server.call("GET", "/health", Host="localhost").status == 200
     words = [word in server.stderr for word in ("warning", "allowed_hosts", "CLINVK_API_KEYS", "403")]
     assert words == [warns] * 4
+
+
+@pytest.mark.parametrize("origins, keys, warns", [
+    (["*"], "", True), (["https://a.example", "*"], "", True), (["*"], "key", False), ([], "", False),
+    (["http://localhost:*"], "", False)])
+def test_pages_of_any_origin_are_warned_of_unless_there_are_keys(serve: Callable[..., Served], origins: List[str],
+                                                                 keys: str, warns: bool) -> None:
+    server = serve(config={"server": {"cors_allowed_origins": origins}}, CLINVK_API_KEYS=keys)
+    assert server.call("GET", "/health").status == 200  # what it warns of has been said
+    lines = [line for line in server.stderr.splitlines() if "warning" in line]
+    words = ("clinvk: warning: ", 'server.cors_allowed_origins has "*"', "any web page", "CLINVK_API_KEYS")
+    assert len(lines) == warns and all(word in line for line in lines for word in words)
+
+
+SECRETS = {"claude": {"env": {"ANTHROPIC_API_KEY": "s3cret", "LANG": "C"}},
+           "codex": {"extra_flags": ["-c", "x.token=s3cret"]},
+           "own": {"command": ["cat", "--password", "s3cret"], "env": {"GH_TOKEN": "s3cret"}}}
+NAMES = ("backends.claude.env.ANTHROPIC_API_KEY, backends.codex.extra_flags, backends.own.env.GH_TOKEN, "
+         "backends.own.command")
+PLAIN = {"claude": {"env": {"LANG": "C", "MAX_TOKENS": "5"}, "extra_flags": ["--effort", "high"]},
+         "own": {"command": ["cat", "-"], "allowed_extra_flags": ["--api-key"]}}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such modes on Windows")
+@pytest.mark.parametrize("backends, mode, named", [
+    (SECRETS, 0o644, NAMES), (SECRETS, 0o640, NAMES), (SECRETS, 0o604, NAMES), (SECRETS, 0o600, ""),
+    (SECRETS, 0o622, ""), (PLAIN, 0o644, ""), ({}, 0o666, "")])
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_a_config_with_secrets_that_others_can_read_is_warned_of(
+        pyz: Path, tmp_path: Path, backends: Any, mode: int, named: str, by_flag: bool) -> None:
+    file = tmp_path / "my config.yaml" if by_flag else tmp_path / ".clinvk" / "config.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"backends": backends}))
+    file.chmod(mode)
+    arguments = [str(pyz), "serve", "--port", "0", *(["--config", str(file)] if by_flag else [])]
+    with running(arguments, tmp_path, {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}) as server:
+        assert server.call("GET", "/health").status == 200  # what it warns of has been said
+        lines = [line for line in server.stderr.splitlines() if "warning" in line]
+        assert "s3cret" not in server.stderr
+    warning = (f"clinvk: warning: {file} can be read by other users (mode {mode:04o}), and holds secrets ({named}). "
+               f"Run: chmod 600 {shlex.quote(str(file))}")
+    assert lines == ([warning] if named else [])
 
 
 @pytest.mark.parametrize("version", ["3.9", "3.10", "3.11", "3.12", "3.13"])
