@@ -87,7 +87,8 @@ def test_no_depth_is_a_defect_of_ours(client: Client, path: str, wrap: Callable[
     (OPENAI, {"clinvk": {"wrokdir": "x"}}, "clinvk.wrokdir", 'did you mean "workdir"?'),
     (OPENAI, {"clinvk": {"prompt": "x"}}, "clinvk.prompt", "can not be set here"),
     (OPENAI, {"clinvk": {"workdir": "a"}}, "clinvk.workdir", "an absolute path"),
-    *[(NATIVE, {"workdir": path}, "body.workdir", "an absolute path") for path in ("a", "./a", "../a", "~", "")],
+    *[(NATIVE, {"workdir": path}, "body.workdir", "an absolute path")
+      for path in ("a", "./a", "../a", "~", "~/x", "", "$HOME", "file:///tmp", " /tmp")],
     (ANTHROPIC, {"max_tokens": None}, "max_tokens", "is required"),
     (ANTHROPIC, {"max_tokens": 0}, "max_tokens", "at least 1"),
     (ANTHROPIC, {"messages": [{"role": "user"}]}, "messages[0].content", "is required"),
