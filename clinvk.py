@@ -6,6 +6,7 @@ SPEC n is a section of the contract, BACKENDS and PROTOCOLS are facts measured o
 from __future__ import annotations
 
 import argparse
+import bisect
 import codecs
 import collections
 import contextlib
@@ -56,8 +57,9 @@ import yaml
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = resource = None  # type: ignore[assignment]
 
 __version__ = "0.1.0"
 
@@ -534,8 +536,8 @@ class Config:
 
 
 # Settings whose effect is still to be built: a start warns of them.
-NOT_YET = ("server.read_timeout_secs", "server.metrics_enabled", "server.spares", "server.spare_idle_secs",
-           "server.spares_at_start", "server.live_conversations")
+NOT_YET = ("server.read_timeout_secs", "server.spares", "server.spare_idle_secs", "server.spares_at_start",
+           "server.live_conversations")
 
 # Environment variable -> the key it sets.
 VARIABLES = {
@@ -3423,7 +3425,64 @@ class Children:
             return self.changed.wait_for(lambda: not self.alive, seconds)
 
 
-def run(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop, *,
+@dataclass
+class Ran:
+    """What is told of one run when it is over (SPEC 8); filled in while it goes on. Times are of `time.monotonic()`."""
+    backend: str
+    start: str = "cold"  # how its CLI came to be there
+    began: float = 0.0  # when it had its slot; 0: not yet
+    ended: float = 0.0  # 0: not yet
+    status: str = "error"  # one of RUN_STATUSES
+    exit_code: int = -1
+    usage: Optional[Usage] = None
+    cost_usd: float = 0.0
+    first_text_secs: Optional[float] = None  # from the request to the first output
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+    def hear(self, event: Event, asked_at: float) -> None:
+        if isinstance(event, (Message, Thinking, ToolUse)):
+            if self.first_text_secs is None and (isinstance(event, ToolUse) or event.text):
+                self.first_text_secs = time.monotonic() - asked_at
+        elif isinstance(event, TokenUsage):
+            self.usage = event.usage
+        elif isinstance(event, Failure):
+            self.status = {TimedOut: "timeout", Canceled: "canceled"}.get(type(event.error), "error")
+        elif isinstance(event, Done):
+            self.ended, self.exit_code, self.cost_usd = time.monotonic(), event.exit_code, event.cost_usd or 0.0
+            self.status = "success" if event.exit_code == 0 else self.status
+
+
+RUN_STATUSES = ("success", "error", "timeout", "canceled")
+
+
+def observed(events: Events, ran: Ran, stop: Stop, tell: Callable[[Ran], None]) -> Events:
+    """`events`, which fill in `ran`; it is told of at the end, unless nothing has been started."""
+    try:
+        with contextlib.closing(events):
+            for event in events:
+                ran.hear(event, stop.began)
+                if isinstance(event, Failure):
+                    done = next(events)  # first, as who is told of a failure may ask for nothing more
+                    ran.hear(done, stop.began)
+                    yield event
+                    event = done
+                yield event
+    except GeneratorExit:
+        ran.status = ran.status if ran.ended else "canceled"
+        raise
+    except ClinvkError:
+        ran.began = 0.0
+        raise
+    finally:
+        if ran.began:
+            ran.ended = ran.ended or time.monotonic()
+            tell(ran)
+
+
+def run(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop, ran: Ran, *,
         admitted: bool = False) -> Events:
     """One prompt and its answer: wait for a slot, start the CLI, say the prompt, yield events, end it (SPEC 4).
 
@@ -3432,7 +3491,8 @@ def run(request: Settled, backend: Backend, children: Children, slots: Slots, st
     ends the CLI and all its descendants within 2 s; a client that leaves a silent CLI is noticed through `stop`."""
     started = time.monotonic()
     try:
-        with contextlib.closing(in_a_slot(request, backend, children, slots, stop, admitted=admitted)) as events:
+        in_slot = in_a_slot(request, backend, children, slots, stop, ran, admitted=admitted)
+        with contextlib.closing(in_slot) as events:
             for event in events:
                 yield timed(event, started)
     except BackendAuth as error:  # not logged in is a failed run, whenever it is noticed
@@ -3449,9 +3509,10 @@ def timed(event: Event, started: float) -> Event:
     return event
 
 
-def in_a_slot(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop, *,
+def in_a_slot(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop, ran: Ran, *,
           admitted: bool) -> Events:
     yield from slots.take(stop, admitted=admitted)
+    ran.began = time.monotonic()
     if isinstance(backend, InProcess):
         yield from in_process(backend.answer(request), slots, stop)
     else:
@@ -3701,15 +3762,17 @@ def kept(session: Session, run_in: Callable[[Session], Events], store: Store, *,
     is running already. A run that can not even be started, or whose conversation the CLI has lost, raises its error and
     leaves the session as it was; a new one is gone again."""
     before, session = store.begin(session, is_new=is_new)
+    stays = True
     try:
         yield from recorded(session, run_in(session), store, counts_usage=counts_usage)
     except ClinvkError as error:
+        stays = False
         error.prompted = error.prompted or isinstance(error, StoreUnavailable)
         with contextlib.suppress(StoreUnavailable):  # `release` will say so
             store.put_back(session.id, before)
         raise
     finally:
-        store.release(session.turn)
+        store.release(session.turn, created=is_new and stays)
 
 
 def recorded(session: Session, events: Events, store: Store, *, counts_usage: bool) -> Events:
@@ -3947,8 +4010,9 @@ class Store:
         self.file = config.home / "sessions.db"
         self.reading, self.writing = Database(self.file), Database(self.file)  # so that no reader waits for a writer
         self.lease = Lease(servers)
-        self.changed = threading.Condition()  # guards running
+        self.changed = threading.Condition()  # guards running and created
         self.running: Set[str] = set()  # the turns that are running in this server
+        self.created = 0  # sessions that began in this server, and whose first turn has ended
         self.unstored: Set[str] = set()  # those that have ended while the database could not be written
         self.recover()
 
@@ -3977,7 +4041,7 @@ class Store:
                                           metadata={**(before or session).metadata, **session.metadata})
                 self.put(db, now)
         except BaseException:
-            self.ended(turn)
+            self.ended(turn, created=False)
             raise
         return before, now
 
@@ -3993,8 +4057,9 @@ class Store:
             else:
                 db.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
 
-    def release(self, turn: str) -> None:
-        """A turn has ended, one way or the other. The session's next one may have begun already."""
+    def release(self, turn: str, *, created: bool) -> None:
+        """A turn has ended, one way or the other. The session's next one may have begun already. `created`: it was the
+        first one, and the session stays."""
         try:
             with self.write() as db:
                 self.give_up(db, [turn], GIVEN_UP)
@@ -4002,10 +4067,11 @@ class Store:
             LOG.error("how a session has ended is not stored yet: %s", error)
             self.unstored.add(turn)
         finally:
-            self.ended(turn)
+            self.ended(turn, created=created)
 
-    def ended(self, turn: str) -> None:
+    def ended(self, turn: str, *, created: bool) -> None:
         with self.changed:
+            self.created += created
             self.running.discard(turn)
             self.changed.notify_all()
 
@@ -4089,9 +4155,11 @@ class Store:
                                 (*values, limit, offset), longest=self.SHOWN)
         return found, total
 
-    def count(self) -> int:
+    def count(self, status: str = "") -> int:
+        """How many sessions there are; an empty `status` is any."""
+        where, values = ("WHERE status = ?", [status]) if status else ("", [])
         with self.reading.transaction("DEFERRED") as db:
-            return int(db.execute("SELECT count(*) FROM sessions").fetchone()[0])
+            return int(db.execute(f"SELECT count(*) FROM sessions {where}", values).fetchone()[0])
 
     def remove(self, session_id: str) -> None:
         """Raises Conflict if a turn of it is running."""
@@ -5402,6 +5470,157 @@ def check_flags(extra: List[str], allowed: Mapping[str, bool], backend: str) -> 
             value_may_follow = allowed[flag] and not assigned
 
 
+# ==== Metrics =====================================================================================
+# In: requests and runs that are over. Out: how many and how long, as text that Prometheus reads (SPEC 8).
+
+Sample = Tuple[str, Dict[str, str], float]  # what follows the metric's name in the sample's, labels, value
+
+
+def exposed(name: str, kind: str, about: str, samples: Iterable[Sample]) -> str:
+    """One metric in Prometheus' text format, version 0.0.4."""
+    lines = [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
+    for suffix, labels, value in samples:
+        shown = ",".join(f'{label}="{escaped_label(text)}"' for label, text in labels.items())
+        lines.append(f"{name}{suffix}{{{shown}}} {decimal(value)}" if shown else f"{name}{suffix} {decimal(value)}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def gauge(name: str, about: str, value: float) -> str:
+    return exposed(name, "gauge", about, [("", {}, value)])
+
+
+def escaped_label(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def decimal(value: float) -> str:
+    if value == math.inf:
+        return "+Inf"
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+class Counter:
+    """Sums by label values. Whoever calls a method holds the lock of the Metrics it belongs to."""
+
+    def __init__(self, name: str, about: str, *labels: str) -> None:
+        self.name, self.about, self.labels = name, about, labels
+        self.sums: Dict[Tuple[str, ...], float] = {}
+
+    def add(self, amount: float, *values: str) -> None:
+        self.sums[values] = self.sums.get(values, 0) + amount
+
+    def text(self) -> str:
+        samples = (("", dict(zip(self.labels, values)), total) for values, total in sorted(self.sums.items()))
+        return exposed(self.name, "counter", self.about, samples)
+
+
+class Histogram:
+    """Observations by label values, each counted in the first of `buckets` that is not below it. Lock: as Counter."""
+
+    def __init__(self, name: str, about: str, buckets: Sequence[float], *labels: str) -> None:
+        self.name, self.about, self.buckets, self.labels = name, about, (*buckets, math.inf), labels
+        self.counts: Dict[Tuple[str, ...], List[int]] = {}
+        self.sums: Dict[Tuple[str, ...], float] = {}
+
+    def observe(self, value: float, *values: str) -> None:
+        self.start(*values)
+        self.counts[values][bisect.bisect_left(self.buckets, value)] += 1
+        self.sums[values] += value
+
+    def start(self, *values: str) -> None:
+        """At 0, unless there have been observations."""
+        self.counts.setdefault(values, [0] * len(self.buckets))
+        self.sums.setdefault(values, 0)
+
+    def text(self) -> str:
+        return exposed(self.name, "histogram", self.about, self.samples())
+
+    def samples(self) -> Iterator[Sample]:
+        for values, counts in sorted(self.counts.items()):
+            labels = dict(zip(self.labels, values))
+            for bucket, count in zip(self.buckets, itertools.accumulate(counts)):
+                yield "_bucket", {**labels, "le": decimal(bucket)}, count
+            yield "_sum", labels, self.sums[values]
+            yield "_count", labels, sum(counts)
+
+
+class Metrics:
+    """What has happened since the server began. Label values are bounded: routes, backends, and words of ours."""
+    DURATIONS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+    FIRST_OUTPUTS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 30)
+    TOKEN_KINDS = ("input", "output", "cached", "reasoning")
+
+    def __init__(self, backends: Sequence[str]) -> None:
+        self.lock = threading.Lock()  # guards all of them
+        self.requests = Counter("clinvk_requests_total", "HTTP requests that have been answered, streams to their end.",
+                                "method", "path", "status")
+        self.request_secs = Histogram("clinvk_request_duration_seconds",
+                                      "From an HTTP request to the end of its answer.", self.DURATIONS, "method",
+                                      "path")
+        self.runs = Counter("clinvk_backend_executions_total", "Runs that are over, of those that were started.",
+                            "backend", "status")
+        self.run_secs = Histogram("clinvk_backend_execution_duration_seconds",
+                                  "From the slot of a run to its last event; waiting for that slot is not part of "
+                                  "it.", self.DURATIONS, "backend")
+        self.first_outputs = Histogram("clinvk_first_output_seconds",
+                                       "From the request to the first text, thought or tool call of its run, waiting "
+                                       "included; in a fan-out from the task's turn.",
+                                       self.FIRST_OUTPUTS, "backend", "start")
+        self.tokens = Counter("clinvk_tokens_total", "Tokens as the CLIs count them. input includes cached (read from "
+                              "the provider's cache), output includes reasoning.", "backend", "kind")
+        self.cost = Counter("clinvk_cost_usd_total", "Cost in US dollars, of the CLIs that tell it.", "backend")
+        for backend in backends:
+            self.start(backend)
+
+    def start(self, backend: str) -> None:
+        """What has a backend's name only, and words that are known, begins at 0."""
+        for status in RUN_STATUSES:
+            self.runs.add(0, backend, status)
+        for kind in self.TOKEN_KINDS:
+            self.tokens.add(0, backend, kind)
+        self.cost.add(0, backend)
+        self.run_secs.start(backend)
+
+    def request_ended(self, method: str, path: str, status: int, seconds: float) -> None:
+        with self.lock:
+            self.requests.add(1, method, path, str(status))
+            self.request_secs.observe(seconds, method, path)
+
+    def run_ended(self, ran: Ran) -> None:
+        usage = ran.usage or Usage()
+        counts = (usage.all_input, usage.output_tokens, usage.cached_tokens, usage.reasoning_tokens)
+        with self.lock:
+            self.runs.add(1, ran.backend, ran.status)
+            self.run_secs.observe(ran.seconds, ran.backend)
+            if ran.first_text_secs is not None:
+                self.first_outputs.observe(ran.first_text_secs, ran.backend, ran.start)
+            for kind, count in zip(self.TOKEN_KINDS, counts):
+                self.tokens.add(count, ran.backend, kind)
+            self.cost.add(ran.cost_usd, ran.backend)
+
+    def text(self) -> str:
+        with self.lock:
+            return "".join(each.text() for each in (self.requests, self.request_secs, self.runs, self.run_secs,
+                                                    self.first_outputs, self.tokens, self.cost))
+
+
+def process_metrics(began: float) -> Iterator[str]:
+    """What is usual to tell of any process, as far as this system tells it."""
+    yield exposed("process_cpu_seconds_total", "counter", "CPU time of the server, without that of the CLIs.",
+                  [("", {}, time.process_time())])
+    yield gauge("process_start_time_seconds", "When the server began, in seconds since the epoch.", began)
+    if resource:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        yield gauge("process_max_fds", "File descriptors that it may have open.",
+                    math.inf if most == resource.RLIM_INFINITY else most)
+    with contextlib.suppress(OSError):  # it is not there, or no descriptor is left to look with
+        yield gauge("process_open_fds", "File descriptors that it has open.", len(os.listdir("/dev/fd")) - 1)
+    with contextlib.suppress(OSError):
+        virtual, resident = Path("/proc/self/statm").read_text().split()[:2]
+        yield gauge("process_virtual_memory_bytes", "Virtual memory.", int(virtual) * resource.getpagesize())
+        yield gauge("process_resident_memory_bytes", "Memory in RAM.", int(resident) * resource.getpagesize())
+
+
 # ==== Server ======================================================================================
 # In: a Config. Out: everything that lives as long as the server does, and the runs that are started on it.
 
@@ -5433,6 +5652,7 @@ class Server:
         self.versions = {name: __version__ for name in config.backends if issubclass(kind_of(name), InProcess)}
         self.store = Store(config)
         self.rate_limit = RateLimit()
+        self.metrics = Metrics([name for name in config.names() if config.backends[name].enabled])
         self.forgetting = threading.Lock()  # one CLI at a time is told to
 
     def bound(self, port: int) -> None:
@@ -5468,10 +5688,12 @@ class Server:
             names = self.config.names()
             raise Invalid([Problem(at, "must be one of " + ", ".join(names) + nearest(name, names), name)])
 
-    def start(self, asked: PromptRequest, stop: Stop, *, at: str, prompt_at: str, admitted: bool = False) -> Started:
+    def start(self, asked: PromptRequest, stop: Stop, *, at: str, prompt_at: str, ran: List[Ran],
+              admitted: bool = False) -> Started:
         """Check what only the server can check, and hand back the run; nothing runs before its first event is asked
         for. Raises Invalid, UnknownModel, Forbidden and BackendUnavailable. `at` and `prompt_at` are the places of the
-        fields, and of the prompt, in the body; `admitted` is for a run of a request that is past the line."""
+        fields, and of the prompt, in the body; `ran` gets what is to be told of the run, when it is over; `admitted` is
+        for a run of a request that is past the line."""
         self.known_backend(asked.backend, f"{at}.backend")
         found = self.store.find(asked.session_id) if asked.session_id is not None else None
         own_system_prompt = asked.system_prompt is not None
@@ -5494,9 +5716,14 @@ class Server:
             return Started(planned(shown, backend), request, ignored)
         stop.allow(request.timeout_secs)
 
+        def tell(over: Ran) -> None:
+            self.metrics.run_ended(over)
+            ran.append(over)
+
         def run_of(request: Settled) -> Events:
-            events = run(request, backend, self.children, self.slots, stop, admitted=admitted)
-            return cut_at(request.stops, events) if request.stops else events
+            one = Ran(request.backend)
+            events = run(request, backend, self.children, self.slots, stop, one, admitted=admitted)
+            return observed(cut_at(request.stops, events) if request.stops else events, one, stop, tell)
         if not request.keeps:
             return Started(run_of(request), request, ignored + (["metadata"] if request.metadata else []))
         return self.in_session(request, found, run_of, ignored)
@@ -5620,6 +5847,7 @@ class Call(NamedTuple):
     query: Any
     request_id: str
     stop: Stop
+    ran: List[Ran]  # its runs that are over
     name: str = ""  # the last part of the path, where the route leaves it open
 
 
@@ -5632,6 +5860,11 @@ class Answer:
         self.headers = {"Content-Type": content_type, **(headers or {})}
         if isinstance(body, list):
             self.headers["Content-Length"] = str(sum(map(len, body)))
+
+
+def shown_pattern(pattern: str) -> str:
+    """A route's path as people write it."""
+    return re.sub("<name(:path)?>", "{id}", pattern)
 
 
 class Route(NamedTuple):
@@ -5648,11 +5881,12 @@ class Route(NamedTuple):
     headers: Tuple[str, ...]  # that its answer may have, of HEADERS
     example: Optional[Json]  # a request
     statuses: Tuple[int, ...]  # that its answer may have
+    only_if: str  # the setting of the server's without which it is not there; "": none
 
     @property
     def path(self) -> str:
         """The first of its paths, as people write it."""
-        return re.sub("<name(:path)?>", "{id}", self.patterns[0])
+        return shown_pattern(self.patterns[0])
 
 
 ROUTES: List[Route] = []
@@ -5662,13 +5896,18 @@ Endpoint = Callable[[Server, Call], Answer]
 def route(method: str, *patterns: str, answer: Any, body: Optional[type] = None, where: str = "",
           query: Optional[type] = None, events: Any = None, errors: Tuple[Type[ClinvkError], ...] = (),
           headers: Tuple[str, ...] = (), example: Optional[Json] = None,
-          statuses: Tuple[int, ...] = (200,)) -> Callable[[Endpoint], Endpoint]:
+          statuses: Tuple[int, ...] = (200,), only_if: str = "") -> Callable[[Endpoint], Endpoint]:
     """Register an endpoint."""
     def add(function: Endpoint) -> Endpoint:
         ROUTES.append(Route(method, patterns, function, answer, body, where, query, events, errors, headers, example,
-                            statuses))
+                            statuses, only_if))
         return function
     return add
+
+
+def offered(config: Config) -> List[Route]:
+    """The routes that a server with this config has."""
+    return [entry for entry in ROUTES if not entry.only_if or getattr(config.server, entry.only_if)]
 
 
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # what comes between must pass on at once
@@ -5683,7 +5922,7 @@ def json_answer(value: Any, status: int = 200, **headers: str) -> Answer:
        example={"backend": "echo", "prompt": "hello", "ephemeral": True})
 def prompt(server: Server, call: Call) -> Answer:
     """Run one prompt on one backend. A run that fails is an answer, too: its exit_code is not 0."""
-    started = server.start(call.body, call.stop, at="body", prompt_at="body.prompt")
+    started = server.start(call.body, call.stop, at="body", prompt_at="body.prompt", ran=call.ran)
     asked = Asked(started.request.model, len(started.request.prompt), request_id=call.request_id)
     renderer = Native(asked, started.request.backend, started.ignored, started.session_id)
     if started.request.streams:
@@ -5700,7 +5939,7 @@ def parallel(server: Server, call: Call) -> Answer:
     places = [f"body.tasks[{index}]" for index in range(len(request.tasks))]
     tasks = [ephemeral(task, dry_run=request.dry_run) for task in request.tasks]
     natives = checked(server, call, tasks, places)
-    told = fan_out(len(tasks), starter(server, tasks, places), call.stop,
+    told = fan_out(len(tasks), starter(server, call, tasks, places), call.stop,
                    workers=min(request.max_parallel or settings.max_workers, server.slots.limit),
                    fail_fast=settings.fail_fast if request.fail_fast is None else request.fail_fast)
     return shown_as(told, Several(natives, counted), stream=request.stream)
@@ -5723,7 +5962,7 @@ def compare(server: Server, call: Call) -> Answer:
                            ephemeral=True, dry_run=request.dry_run or None) for name in request.backends]
     places = ["body"] * len(tasks)
     natives = checked(server, call, tasks, places)
-    told = fan_out(len(tasks), starter(server, tasks, places), call.stop,
+    told = fan_out(len(tasks), starter(server, call, tasks, places), call.stop,
                    workers=1 if request.sequential else server.slots.limit, fail_fast=False)
 
     def summary(results: List[Result], answers: List[Json]) -> Json:
@@ -5760,7 +5999,7 @@ def chain(server: Server, call: Call) -> Answer:
         if index and not is_dry(tasks[index - 1], server.config):
             prompt = filled(step.prompt, shown.results[index - 1].final, server.config.server.max_output_bytes, at)
             step = dataclasses.replace(step, prompt=prompt)
-        return start_task(server, step, stop, at).events
+        return start_task(server, step, stop, at, call.ran).events
     told = in_turn(len(tasks), start, call.stop, stop_on_failure=request.stop_on_failure)
     return shown_as(told, shown, stream=request.stream)
 
@@ -5798,7 +6037,7 @@ def checked(server: Server, call: Call, tasks: Sequence[PromptRequest], places: 
     others: List[ClinvkError] = []
     for task, at in zip(tasks, places):
         try:
-            started = start_task(server, task, Stop(), at)
+            started = start_task(server, task, Stop(), at, call.ran)
             natives.append(Native(Asked(started.request.model), task.backend, started.ignored))
         except Invalid:  # it names the field
             raise
@@ -5814,12 +6053,12 @@ def checked(server: Server, call: Call, tasks: Sequence[PromptRequest], places: 
     return natives
 
 
-def start_task(server: Server, task: PromptRequest, stop: Stop, at: str) -> Started:
-    return server.start(task, stop, at=at, prompt_at=f"{at}.prompt", admitted=True)
+def start_task(server: Server, task: PromptRequest, stop: Stop, at: str, ran: List[Ran]) -> Started:
+    return server.start(task, stop, at=at, prompt_at=f"{at}.prompt", ran=ran, admitted=True)
 
 
-def starter(server: Server, tasks: Sequence[PromptRequest], places: Sequence[str]) -> StartTask:
-    return lambda index, stop: start_task(server, tasks[index], stop, places[index]).events
+def starter(server: Server, call: Call, tasks: Sequence[PromptRequest], places: Sequence[str]) -> StartTask:
+    return lambda index, stop: start_task(server, tasks[index], stop, places[index], call.ran).events
 
 
 def shown_as(told: Generator[Told, None, None], shown: Several, *, stream: bool) -> Answer:
@@ -5855,7 +6094,7 @@ def compat(server: Server, call: Call, kind: Type[Renderer], include_usage: bool
     """A chat request of either API: the same run, shown by `kind`."""
     request = call.body
     asked = dataclasses.replace(request.to_prompt(server.config), stops=tuple(request.stops))
-    started = server.start(asked, call.stop, at="clinvk", prompt_at="messages")
+    started = server.start(asked, call.stop, at="clinvk", prompt_at="messages", ran=call.ran)
     renderer = kind(Asked(request.model, len(asked.prompt) + len(asked.system_prompt or ""), include_usage,
                           call.request_id))
     ignored = [re.sub(r"[^A-Za-z0-9_.-]", "?", name) for name in (*request.ignored(), *started.ignored)]
@@ -5999,6 +6238,24 @@ def uptime_text(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + f"{rest}s"
+
+
+@route("GET", "/metrics", answer="text/plain", only_if="metrics_enabled")
+def metrics(server: Server, call: Call) -> Answer:
+    """What the server has done since it began, and does now, for Prometheus."""
+    text = "".join([server.metrics.text(), *current_metrics(server), *process_metrics(server.began)])
+    return Answer([text.encode()], content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def current_metrics(server: Server) -> Iterator[str]:
+    """Those that are kept elsewhere."""
+    yield exposed("clinvk_sessions_created_total", "counter", "Sessions that were created, each counted when its "
+                  "first turn is over.", [("", {}, server.store.created)])
+    with contextlib.suppress(StoreUnavailable):  # nobody knows: no sample
+        yield gauge("clinvk_active_sessions", "Sessions of which a turn is running, in any server that shares them.",
+                    server.store.count("active"))
+    yield gauge("clinvk_runs_active", "Runs that are going on.", server.slots.active)
+    yield gauge("clinvk_runs_waiting", "Runs that wait for a slot.", len(server.slots.waiting))
 
 
 def model_names(server: Server) -> List[str]:
@@ -6211,7 +6468,7 @@ def openapi(config: Config) -> Json:
     """The document: what this server, with this config, takes and answers."""
     schemas = Schemas()
     paths: Dict[str, Json] = {}
-    for entry in (entry for entry in ROUTES if entry.answer is not None):
+    for entry in (entry for entry in offered(config) if entry.answer is not None):
         paths.setdefault(entry.path, {})[entry.method.lower()] = operation(entry, schemas, config)
     name_backends(schemas.named, [name for name in config.names() if config.backends[name].enabled])
     for query in paths["/api/v1/sessions"]["get"]["parameters"]:
@@ -6234,7 +6491,7 @@ def name_backends(named: Dict[str, Json], names: List[str]) -> None:
 def operation(entry: Route, schemas: Schemas, config: Config) -> Json:
     """One method of one path."""
     summary, _, more = inspect.cleandoc(entry.function.__doc__ or "").partition(".")
-    aliases = [re.sub("<name(:path)?>", "{id}", pattern) for pattern in entry.patterns[1:]]
+    aliases = [shown_pattern(pattern) for pattern in entry.patterns[1:]]
     also = f"Answers under {', '.join(aliases)}, too." if aliases else ""
     style = renderer_of(entry.path)
     shown: Json = {"operationId": entry.function.__name__, "summary": summary,
@@ -6365,7 +6622,7 @@ def docs_file(server: Server, call: Call) -> Answer:
 def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[bytes]]:
     """The WSGI application."""
     router = bottle.Router()
-    for entry in ROUTES:
+    for entry in offered(server.config):
         for pattern in entry.patterns:
             router.add(pattern, entry.method, entry)
 
@@ -6374,18 +6631,19 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
         request_id = request_id_of(head.get("X-Request-Id"))
         environ[STOP] = Stop(environ.get("waitress.client_disconnected", lambda: False), server.closing)
         environ[WRITE_TIMEOUT] = server.config.server.write_timeout_secs
+        ran = environ[RAN] = []
         answer = answer_or_error(server, router, head, request_id)
         answer.headers.update({"X-Request-Id": request_id, "request-id": request_id,
                                **cors_headers(server.config, head)})
         start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", list(answer.headers.items()))
         if head.method == "HEAD":
             answer.body = []
-        client = client_address(server.config, head)
-        return Sent(answer, lambda: log_request(client, head, answer, request_id, time.monotonic() - began))
+        return Sent(answer, lambda: request_ended(server, head, answer.status, request_id, began, ran))
     return app
 
 
 STOP = "clinvk.stop"  # the request's Stop in WSGI's environ
+RAN = "clinvk.ran"  # its runs that are over
 WRITE_TIMEOUT = "clinvk.write_timeout"  # seconds
 
 
@@ -6432,14 +6690,18 @@ def answered(server: Server, router: bottle.Router, head: Head, request_id: str)
         guard(server.config, head)
     if is_preflight(head):
         return Answer((), 204, headers=preflight_headers(server.config, head))
-    path = head.path
-    if re.match("/v1/models(/|$)", path):
-        path = ("/anthropic" if head.get("anthropic-version") else "/openai") + path
-    entry, name = matched(router, head.method, path)
+    entry, name = matched(router, head.method, routed_path(head))
     check_type(head)
     body = check(entry.body, read_json(head.environ, server.config), entry.where) if entry.body else None
     query = check(entry.query, read_query(head.environ, entry.query), "query") if entry.query else None
-    return entry.function(server, Call(body, query, request_id, head.environ[STOP], name))
+    return entry.function(server, Call(body, query, request_id, head.environ[STOP], head.environ[RAN], name))
+
+
+def routed_path(head: Head) -> str:
+    """Two APIs have a list of models; whose is asked for where the path does not say so, the headers do."""
+    if re.match("/v1/models(/|$)", head.path):
+        return ("/anthropic" if head.get("anthropic-version") else "/openai") + head.path
+    return head.path
 
 
 def matched(router: bottle.Router, method: str, path: str) -> Tuple[Route, str]:
@@ -6450,8 +6712,7 @@ def matched(router: bottle.Router, method: str, path: str) -> Tuple[Route, str]:
         if error.status_code == 405:
             allow = error.headers["Allow"]
             raise MethodNotAllowed(f"{path} takes {allow}, not {method}", allow) from None
-        paths = [pattern for r in ROUTES for pattern in r.patterns]
-        raise NotFound(f"there is no {path}{nearest(path, paths)}") from None
+        raise NotFound(f"there is no {path}{nearest(path, router.builder)}") from None  # its keys are the patterns
     return entry, parts.get("name", "")
 
 
@@ -6489,10 +6750,52 @@ def too_large(limit: int) -> str:
     return f"the body is larger than {limit} bytes; send less, or raise server.max_request_body_bytes"
 
 
-def log_request(client: str, head: Head, answer: Answer, request_id: str, seconds: float) -> None:
-    """One line; never a prompt, an answer or a key."""
-    LOG.info("%s %s %s %d %.0f ms %s", client or "-", head.method,
-             head.path.encode("unicode_escape").decode(), answer.status, 1000 * seconds, request_id)
+METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
+
+
+def request_ended(server: Server, head: Head, status: int, request_id: str, began: float,
+                  ran: Sequence[Ran] = ()) -> None:
+    """Count it, and write its one log line; never a prompt, an answer or a key."""
+    seconds = time.monotonic() - began
+    method = head.method if head.method in METHODS else "other"
+    server.metrics.request_ended(method, pattern_of(routed_path(head)), status, seconds)
+    path = head.path.encode("unicode_escape").decode().replace(" ", "\\x20")
+    runs = [[one for one in ran if one.backend == name] for name in dict.fromkeys(one.backend for one in ran)]
+    LOG.info("%s %s %s %d %.0f ms %s%s", client_address(server.config, head) or "-", head.method, path, status,
+             1000 * seconds, request_id, "".join(map(told_of, runs)))
+
+
+def told_of(runs: Sequence[Ran]) -> str:
+    """The runs of one backend, as fields of a log line. Of several: each exit code and start once, the shortest and the
+    longest wait for a first text, and the sum of the tokens."""
+    fields: Dict[str, object] = {"backend": runs[0].backend}
+    if len(runs) > 1:
+        fields.update(runs=len(runs), failed=sum(one.status != "success" for one in runs))
+    fields["exit"] = ",".join(map(str, sorted({one.exit_code for one in runs})))
+    fields["start"] = ",".join(sorted({one.start for one in runs}))
+    waits = [round(1000 * one.first_text_secs) for one in runs if one.first_text_secs is not None]
+    fields["first_text"] = "-".join(map(str, sorted({min(waits), max(waits)}))) + "ms" if waits else "-"
+    usages = [one.usage for one in runs if one.usage]
+    counts = sum(usage.all_input for usage in usages), sum(usage.output_tokens for usage in usages)
+    fields["tokens"] = "{}/{}".format(*counts) if usages else "-"
+    return "".join(f" {name}={value}" for name, value in fields.items())
+
+
+@functools.lru_cache(maxsize=None)
+def patterns() -> bottle.Router:
+    """Every route's pattern as people write it, whatever the method."""
+    router = bottle.Router()
+    for entry in ROUTES:
+        for pattern in entry.patterns:
+            router.add(pattern, "ANY", shown_pattern(pattern))
+    return router
+
+
+def pattern_of(path: str) -> str:
+    try:
+        return str(patterns().match({"REQUEST_METHOD": "ANY", "PATH_INFO": path})[0])
+    except bottle.HTTPError:
+        return "unmatched"
 
 
 class PatientTask(waitress.task.WSGITask):
@@ -6518,8 +6821,12 @@ class RefusedByWaitress(waitress.task.ErrorTask):
     """What waitress refuses by itself, malformed and oversized requests, said in the API's own shape."""
 
     def execute(self) -> None:
-        request, fault = self.request, self.request.error
-        head = Head({"REQUEST_METHOD": getattr(request, "command", ""), "PATH_INFO": getattr(request, "path", ""),
+        began, request, fault = time.monotonic(), self.request, self.request.error
+        request.path = getattr(request, "path", "")  # waitress 3.0.2 names it when the client has gone
+        is_read = fault.code != 431  # else waitress says GET /, whatever it was
+        head = Head({"REQUEST_METHOD": (is_read and getattr(request, "command", "")) or "-",
+                     "PATH_INFO": (is_read and request.path) or "-",
+                     "REMOTE_ADDR": self.channel.addr[0],
                      **{f"HTTP_{name}": value for name, value in request.headers.items()}})
         what, _, _ = fault.body.partition(' "')  # then comes the line itself, in which there may be a key
         error: ClinvkError = BadRequest(f"{fault.reason}: {what}")
@@ -6536,7 +6843,10 @@ class RefusedByWaitress(waitress.task.ErrorTask):
                                   *cors_headers(self.channel.server.clinvk.config, head).items()]
         self.set_close_on_finish()
         self.content_length = len(data)
-        self.write(data)
+        try:
+            self.write(data)
+        finally:
+            request_ended(self.channel.server.clinvk, head, status, request_id, began)
 
 
 class Channel(waitress.channel.HTTPChannel):

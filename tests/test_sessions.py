@@ -461,9 +461,9 @@ def test_of_many_turns_at_once_each_is_counted_or_refused(serve: Callable[..., S
 def test_the_end_of_a_turn_does_not_end_the_one_after_it(client: Client) -> None:
     """An answer is there before its turn has been cleared away, and the next turn may begin with it."""
     name = begin(client)
-    first, second, third = [client.server.start(
-        clinvk.PromptRequest(backend="echo", prompt="more", session_id=name), clinvk.Stop(), at="", prompt_at="").events
-        for _ in range(3)]
+    asked = clinvk.PromptRequest(backend="echo", prompt="more", session_id=name)
+    first, second, third = [client.server.start(asked, clinvk.Stop(), at="", prompt_at="", ran=[]).events
+                            for _ in range(3)]
     assert isinstance(list(itertools.islice(first, 3))[-1], clinvk.Done)
     next(second)
     first.close()
@@ -480,7 +480,7 @@ def test_a_turn_goes_on_from_what_the_one_before_it_has_left(
     name = begin(client, backend="claude")
     sql(clients_database, "UPDATE sessions SET backend_session_id = ''")
     asked = clinvk.PromptRequest(backend="claude", prompt="more", session_id=name)
-    waiting = client.server.start(asked, clinvk.Stop(), at="", prompt_at="").events
+    waiting = client.server.start(asked, clinvk.Stop(), at="", prompt_at="", ran=[]).events
     assert ask(client, backend="claude", session_id=name).json["exit_code"] == 0
     assert isinstance(list(waiting)[-1], clinvk.Done)
     argv = told(tmp_path)[-1]["argv"]
@@ -531,7 +531,7 @@ def test_a_turn_that_a_stop_sequence_ends_has_ended_its_cli_before_that_is_told(
         make_client: Callable[..., Client], scripted: Dict[str, Any], tmp_path: Path) -> None:
     client = make_client(scripted)
     asked = clinvk.PromptRequest(backend="claude", prompt="family", stops=("UB",))
-    events = client.server.start(asked, clinvk.Stop(), at="", prompt_at="").events
+    events = client.server.start(asked, clinvk.Stop(), at="", prompt_at="", ran=[]).events
     with contextlib.closing(events):
         done = next(event for event in events if isinstance(event, clinvk.Done))
         assert done.stop_sequence == "UB" and alive(told(tmp_path)[-1]["family"]) == []
