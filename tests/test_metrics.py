@@ -338,6 +338,25 @@ def test_sums_are_exact_after_requests_from_many_threads(make_client: MakeClient
                      **run("echo", times=300)}
 
 
+def test_sums_are_exact_when_many_runs_end_at_once() -> None:
+    """Up to Python 3.10 a thread can be interrupted in the middle of an addition."""
+    metrics = clinvk.Metrics(["x"])
+    ran = clinvk.Ran("x", began=1.0, ended=2.0, status="success", usage=Usage(1, 2), first_text_secs=0.5, cost_usd=0.5)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: [metrics.run_ended(ran) for _ in range(1000)], range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    told = metrics.text()
+    for line in ('executions_total{backend="x",status="success"} 8000', 'tokens_total{backend="x",kind="input"} 8000',
+                 'tokens_total{backend="x",kind="output"} 16000', 'cost_usd_total{backend="x"} 4000',
+                 'execution_duration_seconds_bucket{backend="x",le="1"} 8000',
+                 'first_output_seconds_sum{backend="x",start="cold"} 4000'):
+        assert line + "\n" in told
+
+
 # ---- The route
 
 def test_without_the_setting_there_is_no_such_path(make_client: MakeClient) -> None:
@@ -563,6 +582,18 @@ def test_a_request_is_one_log_line_that_tells_of_its_runs(
     [told] = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(rf"127\.0\.0\.1 POST {path} {line.replace('ID', ID)}", told)
     assert "secret" not in told and len(told) < 500
+
+
+def test_several_runs_of_a_backend_are_told_in_short() -> None:
+    ran = [clinvk.Ran("x", exit_code=code, status=status, start=start, first_text_secs=secs, usage=usage)
+           for code, status, start, secs, usage in [
+               (0, "success", "cold", 0.312, Usage(10, 1)), (3, "error", "cold", None, None),
+               (0, "success", "spare", 0.12, Usage(1, 2, 100, 20, cache_inside=False)),
+               (-1, "timeout", "cold", 2.0, None)]]
+    told = " backend=x runs=4 failed=2 exit=-1,0,3 start=cold,spare first_text=120-2000ms tokens=131/3"
+    assert clinvk.told_of(ran) == told
+    assert clinvk.told_of(ran[:1]) == " backend=x exit=0 start=cold first_text=312ms tokens=10/1"
+    assert clinvk.told_of(ran[1:2]) == " backend=x exit=3 start=cold first_text=- tokens=-"
 
 
 @pytest.mark.parametrize("path, shown", [
