@@ -1546,6 +1546,7 @@ class Backend:
     honours: ClassVar[FrozenSet[str]] = frozenset()  # request fields; others that are set come back as `ignored`
     EFFORTS: ClassVar[Container[str]] = ()  # how hard the CLI can be told to think
     extra_flags: ClassVar[Dict[str, bool]] = {}  # what `extra` may hold -> whether a value follows
+    has_subcommands: ClassVar[bool] = True  # so that a word on its command line could be one
     streams: ClassVar[Literal["deltas", "messages"]] = "deltas"
     remembers: ClassVar[bool] = True  # whether it can go on with a conversation
     stores_at_exit: ClassVar[bool] = False  # whether a conversation is whole, and free for another process, only then
@@ -3051,6 +3052,7 @@ class Text(Backend):
     """A CLI from config alone: it reads the system prompt and the prompt on stdin, and prints the answer as text."""
     honours = frozenset({"system_prompt"})
     remembers = False
+    has_subcommands = False  # as far as we know, and not every program takes --flag=value
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         super().__init__(name, program, config, cli_version)
@@ -5226,7 +5228,7 @@ def check_host(config: Config, head: Head) -> None:
         return
     own = {"localhost", "127.0.0.1", "::1", server.host.lower()}
     near = is_loopback(remote) or remote == server.host
-    allowed = {*map(str.lower, server.allowed_hosts), *(own if near or config.keys else ())}
+    allowed = {*map(host_name, server.allowed_hosts), *(own if near or config.keys else ())}
     for name in hosts_of(head):
         if name not in allowed:
             shown = re.sub(".*@", "...@", name)  # there may be a password before it
@@ -5421,11 +5423,11 @@ BLOCKED_PREFIXES = ("/etc", "/var/run", "/var/lock", "/root", "/sys", "/proc", "
 
 
 def allowed_workdir(asked: Optional[str], config: Config, at: str) -> str:
-    """The directory that a run starts in, symlinks resolved: what was asked for, else the server's own."""
-    if asked is None:
-        if not os.path.isdir(config.here):
-            raise Invalid([Problem(f"{at}.workdir", "is required: the server's own directory is gone")])
-        return config.here
+    """The directory that a run starts in, symlinks resolved: what was asked for, else the server's own. The config's
+    rules are for both."""
+    if asked is None and not os.path.isdir(config.here):
+        raise Invalid([Problem(f"{at}.workdir", "is required: the server's own directory is gone")])
+    asked, named = (config.here, f"the server's own directory, {config.here},") if asked is None else (asked, asked)
     try:  # os.path.realpath would leave what comes behind a loop of links as it is, links to blocked places included
         resolved = str(Path(asked).resolve(strict=True))
     except (OSError, RuntimeError, ValueError):  # a loop; a NUL
@@ -5435,12 +5437,12 @@ def allowed_workdir(asked: Optional[str], config: Config, at: str) -> str:
     home = os.path.realpath(config.environ.get("HOME") or os.path.expanduser("~"))
     blocked = [p for p in BLOCKED_PREFIXES if p != "/root" or home != "/root"] + config.server.blocked_workdir_prefixes
     if any(within(resolved, prefix) for prefix in blocked):
-        raise Forbidden(f"workdir: {asked} lies in a blocked directory; choose another one")
+        raise Forbidden(f"workdir: {named} lies in a blocked directory; choose another one")
     allowed = config.server.allowed_workdir_prefixes
     if allowed and not any(within(resolved, prefix) for prefix in allowed):
-        raise Forbidden(f"workdir: {asked} lies in none of server.allowed_workdir_prefixes")
+        raise Forbidden(f"workdir: {named} lies in none of server.allowed_workdir_prefixes")
     if not os.access(resolved, os.X_OK):
-        raise Forbidden(f"workdir: {asked} can not be entered by the user that clinvk runs as; choose another one")
+        raise Forbidden(f"workdir: {named} can not be entered by the user that clinvk runs as; choose another one")
     return resolved
 
 
@@ -5468,6 +5470,18 @@ def check_flags(extra: List[str], allowed: Mapping[str, bool], backend: str) -> 
                             f"backends.{backend}.allowed_extra_flags can allow it")
         else:
             value_may_follow = allowed[flag] and not assigned
+
+
+def with_values_attached(extra: List[str], flags: Container[str]) -> List[str]:
+    """`--flag value` as `--flag=value`, `-f value` as `-fvalue`, for `flags`, of which nobody knows whether they take a
+    value: with one that takes none, a word by itself would be taken for a subcommand."""
+    words: List[str] = []
+    for item in extra:
+        if words and words[-1] in flags and not item.startswith("-"):
+            words[-1] += ("=" if words[-1].startswith("--") else "") + item
+        else:
+            words.append(item)
+    return words
 
 
 # ==== Metrics =====================================================================================
@@ -5701,6 +5715,8 @@ class Server:
         backend = self.backend(asked.backend)
         own_flags = dict.fromkeys(self.config.backends[asked.backend].allowed_extra_flags, True)
         check_flags(asked.extra, {**backend.extra_flags, **own_flags}, asked.backend)
+        if backend.has_subcommands:
+            asked = dataclasses.replace(asked, extra=with_values_attached(asked.extra, own_flags))
         workdir = self.empty_directory() if asked.isolated else allowed_workdir(asked.workdir, self.config, at)
         asked = dataclasses.replace(asked, keeps=not (asked.ephemeral or asked.isolated))
         request = settled(asked, self.config, workdir)
@@ -6710,7 +6726,7 @@ def matched(router: bottle.Router, method: str, path: str) -> Tuple[Route, str]:
         entry, parts = router.match({"REQUEST_METHOD": method, "PATH_INFO": path})
     except bottle.HTTPError as error:
         if error.status_code == 405:
-            allow = error.headers["Allow"]
+            allow = error.headers["Allow"].replace("GET", "GET, HEAD").replace(",", ", ").replace("  ", " ")
             raise MethodNotAllowed(f"{path} takes {allow}, not {method}", allow) from None
         raise NotFound(f"there is no {path}{nearest(path, router.builder)}") from None  # its keys are the patterns
     return entry, parts.get("name", "")
@@ -6760,6 +6776,8 @@ def request_ended(server: Server, head: Head, status: int, request_id: str, bega
     method = head.method if head.method in METHODS else "other"
     server.metrics.request_ended(method, pattern_of(routed_path(head)), status, seconds)
     path = head.path.encode("unicode_escape").decode().replace(" ", "\\x20")
+    for key in server.config.keys:
+        path = path.replace(key, "<key>")
     runs = [[one for one in ran if one.backend == name] for name in dict.fromkeys(one.backend for one in ran)]
     LOG.info("%s %s %s %d %.0f ms %s%s", client_address(server.config, head) or "-", head.method, path, status,
              1000 * seconds, request_id, "".join(map(told_of, runs)))

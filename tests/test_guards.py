@@ -100,8 +100,8 @@ UNTYPED: Dict[str, Optional[str]] = {
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """An application with two keys. A proxy is trusted, so that a test can have an address of its own."""
     home = tmp_path_factory.mktemp("guarded")
-    (home / "config.yaml").write_text("server: {rate_limit_enabled: true, rate_limit_rps: 0.01, rate_limit_burst: 1, "
-                                      "trusted_proxies: ['127.0.0.1']}")
+    (home / "config.yaml").write_text("server: {metrics_enabled: true, rate_limit_enabled: true, rate_limit_rps: 0.01, "
+                                      "rate_limit_burst: 1, trusted_proxies: ['127.0.0.1']}")
     around = {"HOME": str(home), "CLINVK_API_KEYS": f"another-key, {KEY}"}
     client = Client(clinvk.load_config(str(home / "config.yaml"), around, {}))
     yield client
@@ -182,7 +182,8 @@ METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT
 @each_route
 def test_a_wrong_method_is_a_405_that_says_which_are_right(guarded: Client, asked: Asked) -> None:
     right = {other.method for other in ROUTES if other.path == asked.path}
-    for method in {*METHODS, *(["HEAD"] if "GET" not in right else [])} - right:
+    right |= {"HEAD"} if "GET" in right else set()
+    for method in {*METHODS, "HEAD"} - right:
         reply = asked.by(guarded, method, X_Api_Key=KEY, X_Forwarded_For=new_address())
         assert reply.status == 405 and set(re.split(", *", reply.headers["allow"])) == right
         if method != "HEAD":
@@ -360,6 +361,8 @@ def test_any_other_host_is_refused_even_where_no_key_is_needed(client: Client, h
 
 @pytest.mark.parametrize("server, keys, host, status", [
     ({"allowed_hosts": ["Box.lan"]}, "", "box.LAN:8080", 200), ({"allowed_hosts": ["box.lan"]}, "", "a.box.lan", 403),
+    ({"allowed_hosts": ["box.lan:80", "[fd00::1]"]}, "", "box.lan:81", 200),
+    ({"allowed_hosts": ["box.lan:80", "[fd00::1]"]}, "", "[FD00::1]:81", 200),
     ({"allowed_hosts": ["box.lan"]}, "", "localhost", 200), ({"host": "10.0.0.5"}, "", "10.0.0.5:8080", 200),
     ({"host": "10.0.0.5"}, "", "10.0.0.6", 403), ({"host": "0.0.0.0"}, "", "box.lan", 403),
     ({"host": "::"}, "", "box.lan", 403), ({"host": "0.0.0.0"}, "k", "box.lan", 200), ({"host": "::"}, "k", "box", 200),
@@ -617,6 +620,19 @@ def test_without_a_workdir_it_is_the_servers_own(workdir: Callable[..., str]) ->
     assert workdir(None) == os.getcwd()
 
 
+@pytest.mark.parametrize("rules", [{"blocked_workdir_prefixes": ["HERE"]}, {"allowed_workdir_prefixes": ["ELSEWHERE"]}])
+def test_the_servers_own_directory_is_held_to_the_rules_too(make_client: MakeClient, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch, rules: Any) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    places = {"HERE": str(tmp_path / "here"), "ELSEWHERE": str(tmp_path / "elsewhere")}
+    client = make_client({"server": {key: [places[value] for value in values] for key, values in rules.items()}})
+    reply = client.call("POST", "/api/v1/prompt", {"backend": "echo", "prompt": "a"})
+    assert reply.status == 403 and f"the server's own directory, {tmp_path / 'here'}," in fault(reply, "native")
+    chat = {"model": "echo", "messages": [{"role": "user", "content": "a"}]}
+    assert client.call("POST", "/openai/v1/chat/completions", chat).status == 200  # it runs in a place of clinvk's
+
+
 @pytest.mark.parametrize("path, message", [
     ("TMP/missing", "existing directory"), ("TMP/a/file", "existing directory"), ("TMP/nowhere", "existing directory"),
     ("TMP/a/file/..x", "existing directory"), ("TMP/loop", "existing directory"), ("TMP/a/file/", "existing directory"),
@@ -774,7 +790,7 @@ PASSED: List[Tuple[str, List[str]]] = [
     ("claude", []), ("claude", ["--effort", "high"]), ("claude", ["--effort=high"]), ("claude", ["--betas", "x"]),
     ("claude", ["--max-budget-usd", "0.5"]), ("claude", ["--disallowedTools", "Bash,Edit"]),
     ("claude", ["--disallowed-tools=Bash Edit"]), ("claude", ["--exclude-dynamic-system-prompt-sections"]),
-    ("claude", ["--effort", "low", "--betas=x", "--allowed", "y"]), ("codex", []), ("codex", ["--allowed", "y"]),
+    ("claude", ["--effort", "low", "--betas=x", "--allowed=y"]), ("codex", []), ("codex", ["--allowed", "--allowed=y"]),
     ("gemini", ["--debug"]), ("gemini", ["-d", "--debug"]), ("gemini", ["--allowed=y"]), ("own", ["--allowed", "y"])]
 # A value with a dash, one too many, one that no flag asked for, an abbreviation that a parser would expand, short flags
 # in one word, capitals, a path into an option, what the server decides.
@@ -796,14 +812,14 @@ REFUSED: List[Tuple[str, List[str], str]] = [
         (["--debug", "x"], '"x"'), (["-dy"], "-dy"), (["-yd"], "-yd"), (["-d", "-y"], "-y"), (["--deb"], "--deb"),
         (["--no-debug"], "--no-debug"), (["--debug.x=1"], "--debug.x"), (["--yolo"], "--yolo"), (["-ddd"], "-ddd"),
         (["--approvalMode=yolo"], "--approvalMode"), (["--policy", "x"], "--policy"), (["-e", "x"], "-e")]),
-    ("own", ["--other"], "--other"), ("own", ["-a"], "-a"), ("own", ["--allowed", "y", "z"], '"z"')]
+    ("own", ["--other"], "--other"), ("own", ["-b"], "-b"), ("own", ["--allowed", "y", "z"], '"z"')]
 
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Reply]]:
     """`planned(backend, extra)`: the answer to a dry run; the config of each backend allows one flag more."""
     home = tmp_path_factory.mktemp("planned")
-    backends = {name: {"command": "/bin/cat", "allowed_extra_flags": ["--allowed"]}
+    backends = {name: {"command": "/bin/cat", "allowed_extra_flags": ["--allowed", "-a"]}
                 for name in ("claude", "codex", "gemini", "own")}
     (home / "config.yaml").write_text(json.dumps({"backends": backends}))
     client = Client(clinvk.load_config(str(home / "config.yaml"), {"HOME": str(home), "GEMINI_API_KEY": "x"}, {}))
@@ -819,6 +835,16 @@ def test_the_listed_flags_of_each_backend_reach_its_command_line(planned: Callab
     assert reply.status == 200
     argv = shlex.split(reply.json["output"].splitlines()[0])
     assert argv[len(argv) - len(extra) - (backend == "codex"):][:len(extra)] == extra
+
+
+@pytest.mark.parametrize("backend, extra, passed", [
+    ("codex", ["--allowed", "logout"], ["--allowed=logout"]), ("claude", ["--allowed", "mcp"], ["--allowed=mcp"]),
+    ("gemini", ["--debug", "--allowed", "mcp"], ["--debug", "--allowed=mcp"]), ("codex", ["-a", "x=y"], ["-ax=y"]),
+    ("claude", ["--effort", "low", "-a", "b", "--allowed"], ["--effort", "low", "-ab", "--allowed"])])
+def test_no_word_after_a_flag_of_the_config_can_be_taken_for_a_subcommand(
+        planned: Callable[..., Reply], backend: str, extra: List[str], passed: List[str]) -> None:
+    argv = shlex.split(planned(backend, extra).json["output"].splitlines()[0])
+    assert argv[len(argv) - len(passed) - (backend == "codex"):][:len(passed)] == passed
 
 
 @pytest.mark.parametrize("backend, extra, named", REFUSED)
