@@ -30,7 +30,7 @@ Page = Any
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium, less its own guard of local servers (a question to the user): other browsers have none."""
-    program = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+    program = shutil.which("chromium") or shutil.which("google-chrome")
     assert program, ("these tests need Chromium, and neither chromium nor google-chrome is on PATH. Install it "
                      '(Debian: apt-get install chromium), or leave them out with -m "not browser"')
     with sync_api.sync_playwright() as playwright:
