@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import hashlib
 import hmac
@@ -32,6 +33,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -50,7 +52,9 @@ from typing import (Annotated, Any, Callable, ClassVar, Container, Deque, Dict, 
 
 
 import bottle
+import waitress.adjustments
 import waitress.channel
+import waitress.parser
 import waitress.server
 import waitress.task
 import yaml
@@ -166,6 +170,17 @@ class WrongType(ClinvkError):
 class TooLarge(ClinvkError):
     """The body is over `server.max_request_body_bytes`."""
     status, openai, anthropic = 413, ("invalid_request_error", "request_too_large"), "request_too_large"
+
+
+class HeadTooLarge(ClinvkError):
+    """The request line and the headers are over what waitress takes in."""
+    status, anthropic = 431, "invalid_request_error"
+    openai = ("invalid_request_error", "request_header_fields_too_large")
+
+
+class TooSlow(ClinvkError):
+    """The request did not come whole within `server.read_timeout_secs`. Anthropic's `timeout_error` is for 504 only."""
+    status, openai, anthropic = 408, ("invalid_request_error", "request_timeout"), "invalid_request_error"
 
 
 class Unauthorized(ClinvkError):
@@ -536,8 +551,7 @@ class Config:
 
 
 # Settings whose effect is still to be built: a start warns of them.
-NOT_YET = ("server.read_timeout_secs", "server.spares", "server.spare_idle_secs", "server.spares_at_start",
-           "server.live_conversations")
+NOT_YET = ("server.spares", "server.spare_idle_secs", "server.spares_at_start", "server.live_conversations")
 
 # Environment variable -> the key it sets.
 VARIABLES = {
@@ -6646,7 +6660,6 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
         began, head = time.monotonic(), Head(environ)
         request_id = request_id_of(head.get("X-Request-Id"))
         environ[STOP] = Stop(environ.get("waitress.client_disconnected", lambda: False), server.closing)
-        environ[WRITE_TIMEOUT] = server.config.server.write_timeout_secs
         ran = environ[RAN] = []
         answer = answer_or_error(server, router, head, request_id)
         answer.headers.update({"X-Request-Id": request_id, "request-id": request_id,
@@ -6660,7 +6673,6 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
 
 STOP = "clinvk.stop"  # the request's Stop in WSGI's environ
 RAN = "clinvk.ran"  # its runs that are over
-WRITE_TIMEOUT = "clinvk.write_timeout"  # seconds
 
 
 class Sent:
@@ -6816,18 +6828,17 @@ def pattern_of(path: str) -> str:
         return "unmatched"
 
 
+# ---- Connections: what waitress leaves open
+
 class PatientTask(waitress.task.WSGITask):
-    """Waits for a client that reads slowly, but neither longer than its run may take, nor longer than
-    write_timeout_secs without a byte taken: waitress would wait for ever."""
+    """Waits for a client that reads slowly, but no longer than its run may take: waitress would wait for ever.
+    A client that takes nothing at all is left to `Channel.look`."""
 
     def write(self, data: bytes) -> None:
-        channel, stop, write_timeout = self.channel, self.environ[STOP], self.environ[WRITE_TIMEOUT]
-        unsent, taken_at = channel.total_outbufs_len, time.monotonic()
+        channel, stop = self.channel, self.environ[STOP]
         with channel.outbuf_lock:
             while channel.connected and channel.total_outbufs_len > channel.adj.outbuf_high_watermark:
-                if channel.total_outbufs_len < unsent:
-                    unsent, taken_at = channel.total_outbufs_len, time.monotonic()
-                if stop.error() or time.monotonic() - taken_at > write_timeout:
+                if stop.error():
                     channel.will_close = True
                     raise waitress.channel.ClientDisconnected
                 channel.server.pull_trigger()
@@ -6835,23 +6846,17 @@ class PatientTask(waitress.task.WSGITask):
         super().write(data)
 
 
-class RefusedByWaitress(waitress.task.ErrorTask):
-    """What waitress refuses by itself, malformed and oversized requests, said in the API's own shape."""
+class RefusedEarly(waitress.task.ErrorTask):
+    """What is refused before it reaches the application, malformed, oversized and slow requests, said in the API's own
+    shape. The connection ends with it, but lingers: the client may be sending still."""
 
     def execute(self) -> None:
-        began, request, fault = time.monotonic(), self.request, self.request.error
+        began, request = time.monotonic(), self.request
         request.path = getattr(request, "path", "")  # waitress 3.0.2 names it when the client has gone
-        is_read = fault.code != 431  # else waitress says GET /, whatever it was
-        head = Head({"REQUEST_METHOD": (is_read and getattr(request, "command", "")) or "-",
-                     "PATH_INFO": (is_read and request.path) or "-",
+        head = Head({"REQUEST_METHOD": getattr(request, "command", "") or "-", "PATH_INFO": request.path or "-",
                      "REMOTE_ADDR": self.channel.addr[0],
                      **{f"HTTP_{name}": value for name, value in request.headers.items()}})
-        what, _, _ = fault.body.partition(' "')  # then comes the line itself, in which there may be a key
-        error: ClinvkError = BadRequest(f"{fault.reason}: {what}")
-        if fault.code == 413:
-            error = TooLarge(too_large(self.channel.adj.max_request_body_size // READ_ANYWAY))
-        elif fault.code == 500:
-            error = ClinvkError("clinvk could not answer; its log tells more")
+        error = early_error(request.error, self.channel.adj)
         request_id = request_id_of(head.get("X-Request-Id"))
         renderer = renderer_of(head.path, speaks_anthropic=bool(head.get("anthropic-version")))
         status, data = renderer.status(error), to_json(renderer.error(error, request_id))
@@ -6859,21 +6864,83 @@ class RefusedByWaitress(waitress.task.ErrorTask):
         self.response_headers += [("Content-Type", renderer.error_type), ("X-Request-Id", request_id),
                                   ("request-id", request_id), ("Content-Length", str(len(data))),
                                   *cors_headers(self.channel.server.clinvk.config, head).items()]
+        request.headers["CONNECTION"] = "close"  # whatever the client asked for
         self.set_close_on_finish()
         self.content_length = len(data)
+        self.channel.lingers = True
         try:
             self.write(data)
         finally:
             request_ended(self.channel.server.clinvk, head, status, request_id, began)
 
 
+def early_error(fault: Any, adj: Any) -> ClinvkError:
+    """An error of ours as it is, one of waitress's as ours."""
+    if isinstance(fault, ClinvkError):
+        return fault
+    if fault.code == 413:
+        return TooLarge(too_large(adj.max_request_body_size // READ_ANYWAY))
+    if fault.code == 431:
+        return HeadTooLarge(f"the request line and the headers are {adj.max_request_header_size} bytes or more; send "
+                            "less")
+    if fault.code == 501:  # as a 400: SDKs repeat a 501
+        return BadRequest("no Transfer-Encoding but chunked is taken: send the body in chunks, or with a "
+                          "Content-Length")
+    if fault.code == 500:
+        return ClinvkError("clinvk could not answer; its log tells more")
+    what, _, _ = fault.body.partition(' "')  # then comes the line itself, in which there may be a key
+    return BadRequest(f"{fault.reason}: {what}")
+
+
+class Parser(waitress.parser.HTTPRequestParser):
+    """Refuses also what waitress falls over, and what it takes though nobody can say where such a body ends."""
+    completed: bool
+    error: Any  # one of waitress's, or a ClinvkError
+
+    def parse_header(self, head: bytes) -> None:
+        try:
+            super().parse_header(head)
+        except ValueError:
+            raise waitress.parser.ParsingError("no such URL or Content-Length can be read") from None
+        if self.chunked and "CONTENT_LENGTH" in self.headers:
+            raise waitress.parser.ParsingError("send either Content-Length or Transfer-Encoding, not both")
+        if "TRANSFER_ENCODING" in self.headers:  # waitress has looked at it in HTTP/1.1 only
+            raise waitress.parser.ParsingError("Transfer-Encoding needs HTTP/1.1")
+
+    def received(self, data: bytes) -> int:
+        taken: int = super().received(data)
+        limit, body = self.adj.max_request_header_size, self.body_rcv
+        if self.error and self.error.code == 431:  # then waitress says GET /, whatever it was
+            self.command = self.path = ""
+            first_line = (self.header_plus + data).lstrip().partition(b"\r\n")[0]
+            with contextlib.suppress(waitress.parser.ParsingError):
+                self.parse_header(first_line + b"\r\n")
+        if self.chunked and not self.completed and len(body.control_line) + len(body.trailer) > limit:
+            self.completed = True
+            self.error = BadRequest(f"the first line of a chunk, or the trailer, is over {limit} bytes; send less")
+        if self.completed:  # else waitress would say to go on, and wait for a body that has come, or is refused
+            self.expect_continue = False
+        return taken
+
+
 class Channel(waitress.channel.HTTPChannel):
+    """A connection. All that is not said to be a worker's runs on the main thread."""
     task_class = PatientTask
-    error_task_class = RefusedByWaitress
+    error_task_class = RefusedEarly
+    parser_class = Parser
+    request: Any  # the Parser of what has not come whole yet
     HANG_UP = getattr(select, "POLLRDHUP", 0)  # Linux; a full close is told without being asked for
+    LINGER = 2.0  # seconds in which a client that is still sending can read why it was refused
+    lingers = False  # whether it is to, once its answer is sent; a worker says so
+    lingering = False
+
+    def __init__(self, server: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:
+        super().__init__(server, sock, addr, adj, map=map)
+        self.moved_at = time.monotonic()  # when the client last took a byte, or had none to take of its answer
+        self.begun_at = self.moved_at  # when the first byte came of a request that is half sent
 
     def check_client_disconnected(self) -> bool:
-        """Asks the socket itself: waitress does not look at it while further requests wait in it."""
+        """A worker asks. The socket itself is looked at: waitress does not while further requests wait in it."""
         if self.connected and hasattr(select, "poll"):
             poll = select.poll()
             with contextlib.suppress(OSError, ValueError, AttributeError):  # it is being closed just now
@@ -6881,10 +6948,135 @@ class Channel(waitress.channel.HTTPChannel):
                 return bool(poll.poll(0))
         return not self.connected
 
+    @property
+    def half_sent(self) -> bool:
+        """Whether a request has begun to come. Blank lines are none (RFC 9112, 2.2)."""
+        return self.request is not None and (self.request.headers_finished or not self.request.header_plus.isspace())
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether a request of it is being answered, up to the last byte that the client has to take."""
+        return bool(self.requests or self.total_outbufs_len)
+
+    @property
+    def waits_since(self) -> float:
+        """Since when the server waits for the client to send: the whole time of a request that is half sent, but for
+        the time in which the one before was still being answered."""
+        return max(self.begun_at, self.moved_at) if self.half_sent else self.moved_at
+
+    def received(self, data: bytes) -> bool:
+        before = self.request if self.half_sent else None
+        taken = bool(super().received(data))
+        if self.request is not before:
+            self.begun_at = time.monotonic()
+        return taken
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        """On workers, too."""
+        sent: int = super().send(data, do_close)
+        if sent:
+            self.moved_at = time.monotonic()
+        return sent
+
+    def look(self, now: float) -> None:
+        """End what has taken its time (SPEC 6). waitress's `will_close` would wait for a client that takes nothing."""
+        limits = self.server.clinvk.config.server
+        patience = self.LINGER if self.lingering else \
+            limits.write_timeout_secs if self.total_outbufs_len else limits.idle_timeout_secs
+        if self.will_close:
+            self.handle_close()
+        elif self.requests and not self.total_outbufs_len:
+            self.moved_at = now
+        elif self.half_sent and not self.is_answered and not self.lingering:
+            if now - self.waits_since > limits.read_timeout_secs:
+                self.refuse(TooSlow(f"the request did not come whole within {limits.read_timeout_secs:g} s; send it "
+                                    "faster, or raise server.read_timeout_secs"))
+        elif now - self.moved_at > patience:
+            self.handle_close()
+
+    def refuse(self, error: ClinvkError) -> None:
+        """Answer the request that is half sent."""
+        with self.requests_lock:  # as in waitress's `received`
+            request, self.request = self.request, None
+            request.error, request.completed = error, True
+            self.requests.append(request)
+        self.server.add_task(self)
+
+    def handle_write(self) -> None:
+        """As waitress, but a connection that lingers is closed on our side only, and what still comes is dropped: with
+        unread bytes it would be reset, and most clients would never see the answer."""
+        if not (self.lingers and self.close_when_flushed) or self.will_close:
+            super().handle_write()
+            return
+        self._flush_exception(self._flush_some)
+        if self.socket is not None and not self.total_outbufs_len and not self.will_close:
+            self.lingering = True
+            try:
+                self.socket.shutdown(socket.SHUT_WR)
+            except OSError:  # it is gone
+                self.handle_close()
+
+    def readable(self) -> bool:
+        return self.socket is not None and bool(self.lingering or super().readable())
+
+    def writable(self) -> bool:
+        return self.socket is not None and not self.lingering and bool(super().writable())
+
+
+class Listener(waitress.server.TcpWSGIServer):
+    """A listening socket, and the connections that came through it. All of it runs on the main thread."""
+    channel_class = Channel
+    LOOK_SECS = 0.25  # between two looks at the connections; waitress waits for at most 1 s
+    PAUSE_SECS = 0.5  # before the next try, if nobody can be let in
+    looks_at = accepts_at = told_at = 0.0
+    kept_out = False  # whether somebody wants to come in and could not
+    clinvk: Server
+
+    def readable(self) -> bool:
+        """waitress asks this before each wait: what is closed here is not waited for any more, so that its number can
+        not be taken for that of a connection accepted meanwhile."""
+        now = time.monotonic()
+        if now >= self.looks_at:
+            self.looks_at = now + self.LOOK_SECS
+            for channel in list(self.active_channels.values()):
+                channel.look(now)
+        if self.kept_out:
+            self.kept_out = False
+            self.make_room(now)
+        return self.accepting and now >= self.accepts_at
+
+    def make_room(self, now: float) -> None:
+        """Close the connection that has waited for longest without a request being answered, whichever way it came."""
+        channels = [each for each in self._map.values() if isinstance(each, Channel) and not each.is_answered]
+        if channels:
+            min(channels, key=lambda channel: channel.waits_since).handle_close()
+            return
+        self.accepts_at = now + self.PAUSE_SECS
+        if now - self.told_at > 60:
+            self.told_at = now
+            LOG.error("nobody can be let in: all connections are being answered, or the files that may be open are "
+                      "used up; raise that limit (ulimit -n)")
+
+    def handle_accept(self) -> None:
+        if len(self._map) < self.adj.connection_limit:
+            super().handle_accept()
+        else:
+            self.kept_out = True
+
+    def accept(self) -> Any:
+        try:
+            return super().accept()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            self.kept_out = True
+            return None
+
 
 # How many times the limit waitress takes in (on disk) before it refuses: a client that is cut off while it sends reads
 # no answer, and its SDK sends all of it again.
 READ_ANYWAY = 4
+CONNECTIONS = 1000 if hasattr(select, "poll") else 400  # at once; on Windows, select takes 512
 
 
 def listen(server: Server) -> Any:
@@ -6893,17 +7085,49 @@ def listen(server: Server) -> Any:
     limit = READ_ANYWAY * settings.max_request_body_bytes or sys.maxsize
     # A thread is held for a request's whole life; waiting and running ones must leave room for the rest.
     threads = settings.max_concurrent_runs + settings.max_waiting_runs + 16
-    sockets: Dict[int, Any] = {}
-    listening = waitress.server.create_server(
-        make_app(server), map=sockets, host=settings.host, port=settings.port, threads=threads, ident="clinvk",
-        channel_request_lookahead=1, connection_limit=1000, asyncore_use_poll=hasattr(select, "poll"),
+    adj = waitress.adjustments.Adjustments(
+        host=settings.host, port=settings.port, threads=threads, ident="clinvk", channel_request_lookahead=1,
+        connection_limit=connection_limit(settings), asyncore_use_poll=hasattr(select, "poll"),
         max_request_body_size=limit,
         outbuf_high_watermark=2**20,  # waitress 3.0.2 keeps as much of what it has sent, too, per connection
-        channel_timeout=math.ceil(settings.idle_timeout_secs), cleanup_interval=1,
         clear_untrusted_proxy_headers=False)  # `client_address` knows whom to trust
-    for each in sockets.values():
-        each.channel_class, each.clinvk = Channel, server
-    return listening
+    sockets: Dict[int, Any] = {}
+    app, workers = make_app(server), waitress.task.ThreadedTaskDispatcher()
+    workers.set_thread_count(threads)
+    listeners = [Listener(app, sockets, dispatcher=workers, adj=adj, sockinfo=address) for address in adj.listen]
+    for each in listeners:
+        each.clinvk = server
+    if len(listeners) == 1:
+        return listeners[0]
+    bound = [(each.effective_host, each.effective_port) for each in listeners]
+    return waitress.server.MultiSocketServer(sockets, adj, bound, workers)
+
+
+def descriptors_of_runs(settings: ServerConfig) -> int:
+    """How many files may be open for runs and the rest; a run takes 11 while its CLI is being started."""
+    return 64 + 16 * settings.max_concurrent_runs
+
+
+def connection_limit(settings: ServerConfig) -> int:
+    """As many as the limit of open files has room for."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else -1
+    if resource is None or soft == resource.RLIM_INFINITY:
+        return CONNECTIONS
+    return min(CONNECTIONS, soft - min(descriptors_of_runs(settings), soft // 2))
+
+
+def raise_descriptor_limit(settings: ServerConfig) -> None:
+    """Ask for what connections (each may have a file for its body) and runs need: macOS begins with 256."""
+    if resource is None:
+        return
+    wanted = 2 * CONNECTIONS + descriptors_of_runs(settings)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        except (OSError, ValueError) as error:
+            LOG.warning("no more than %d files may be open: %s", soft, error)
 
 
 # ==== Command line ================================================================================
@@ -6967,6 +7191,7 @@ def serve(options: argparse.Namespace) -> int:
     except OSError as error:
         place = error.filename or "the home of clinvk"
         return refused(f"{place}: {error.strerror}. Choose another directory with CLINVK_HOME")
+    raise_descriptor_limit(config.server)
     try:
         listening = listen(server)
     except (OSError, ValueError, RuntimeError) as error:  # the last: no more threads
