@@ -6930,13 +6930,13 @@ class Channel(waitress.channel.HTTPChannel):
     parser_class = Parser
     request: Any  # the Parser of what has not come whole yet
     HANG_UP = getattr(select, "POLLRDHUP", 0)  # Linux; a full close is told without being asked for
-    LINGER = 2.0  # seconds in which a client that is still sending can read why it was refused
+    LINGER = 2.0  # seconds, and what is left of the read time out, for a client that is still sending to read why not
     lingers = False  # whether it is to, once its answer is sent; a worker says so
     lingering = False
 
     def __init__(self, server: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:
         super().__init__(server, sock, addr, adj, map=map)
-        self.moved_at = time.monotonic()  # when the client last took a byte, or had none to take of its answer
+        self.moved_at = time.monotonic()  # when the client last took a byte, at first when it came
         self.begun_at = self.moved_at  # when the first byte came of a request that is half sent
 
     def check_client_disconnected(self) -> bool:
@@ -6960,8 +6960,8 @@ class Channel(waitress.channel.HTTPChannel):
 
     @property
     def waits_since(self) -> float:
-        """Since when the server waits for the client to send: the whole time of a request that is half sent, but for
-        the time in which the one before was still being answered."""
+        """Since when the client has been waited for. The time of a request that is half sent does not run while the
+        one before is being answered."""
         return max(self.begun_at, self.moved_at) if self.half_sent else self.moved_at
 
     def received(self, data: bytes) -> bool:
@@ -6978,20 +6978,27 @@ class Channel(waitress.channel.HTTPChannel):
             self.moved_at = time.monotonic()
         return sent
 
+    def patience(self, limits: ServerConfig) -> float:
+        """Seconds that it may wait for the client (SPEC 6)."""
+        if self.lingering:
+            return max(self.LINGER, self.begun_at + limits.read_timeout_secs - self.moved_at)
+        if self.total_outbufs_len:
+            return limits.write_timeout_secs
+        if self.requests:
+            return math.inf
+        return limits.read_timeout_secs if self.half_sent else limits.idle_timeout_secs
+
     def look(self, now: float) -> None:
-        """End what has taken its time (SPEC 6). waitress's `will_close` would wait for a client that takes nothing."""
+        """End what has waited for too long. waitress's `will_close` would wait for a client that takes nothing."""
         limits = self.server.clinvk.config.server
-        patience = self.LINGER if self.lingering else \
-            limits.write_timeout_secs if self.total_outbufs_len else limits.idle_timeout_secs
         if self.will_close:
             self.handle_close()
-        elif self.requests and not self.total_outbufs_len:
-            self.moved_at = now
+        elif now - self.waits_since <= self.patience(limits):
+            return
         elif self.half_sent and not self.is_answered and not self.lingering:
-            if now - self.waits_since > limits.read_timeout_secs:
-                self.refuse(TooSlow(f"the request did not come whole within {limits.read_timeout_secs:g} s; send it "
-                                    "faster, or raise server.read_timeout_secs"))
-        elif now - self.moved_at > patience:
+            self.refuse(TooSlow(f"the request did not come whole within {limits.read_timeout_secs:g} s; send it "
+                                "faster, or raise server.read_timeout_secs"))
+        else:
             self.handle_close()
 
     def refuse(self, error: ClinvkError) -> None:
@@ -7088,7 +7095,7 @@ def listen(server: Server) -> Any:
     adj = waitress.adjustments.Adjustments(
         host=settings.host, port=settings.port, threads=threads, ident="clinvk", channel_request_lookahead=1,
         connection_limit=connection_limit(settings), asyncore_use_poll=hasattr(select, "poll"),
-        max_request_body_size=limit,
+        max_request_body_size=limit, recv_bytes=2**16,  # at each turn of a loop that walks all connections
         outbuf_high_watermark=2**20,  # waitress 3.0.2 keeps as much of what it has sent, too, per connection
         clear_untrusted_proxy_headers=False)  # `client_address` knows whom to trust
     sockets: Dict[int, Any] = {}
