@@ -223,6 +223,16 @@ def test_a_request_that_comes_in_time_is_answered_however_it_is_cut_up(serve: Se
             assert answer_text(first, path) == "hi" and second.json["version"]
 
 
+def test_a_client_that_is_refused_and_goes_on_to_send_slowly_can_read_why(serve: Serve) -> None:
+    server = serve(config={"server": {"read_timeout_secs": 20, "max_request_body_bytes": 1000}})
+    wire = Wire(server, post(OPENAI, "Content-Length: 1000000"))
+    for _ in range(8):  # longer than it lingers after a 408
+        time.sleep(0.5)
+        wire.send(b"    ")
+    (reply,) = wire.answers()
+    assert reply.status == 413
+
+
 @LINUX
 def test_a_slow_sender_that_reads_nothing_is_gone_soon_too(serve: Serve) -> None:
     server = serve(config={"server": {"read_timeout_secs": 1, "idle_timeout_secs": 60, "write_timeout_secs": 60}})
@@ -413,12 +423,13 @@ def test_at_the_limit_the_connection_that_waits_for_longest_makes_room(
 
 @LINUX
 def test_without_a_free_descriptor_nothing_spins_and_the_next_one_gets_in(
-        serve: Serve, fake_cli: Callable[..., str]) -> None:
+        serve: Serve, tmp_path: Path, fake_cli: Callable[..., str]) -> None:
     import resource
 
     def allow(files: int) -> None:
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (files, 4096))  # type: ignore[attr-defined]
-    server = serve(config={"backends": {"own": {"command": fake_cli("time.sleep(60)")}}})
+    script = f"open('{tmp_path}/started-' + str(os.getpid()), 'w'); time.sleep(60)"
+    server = serve(config={"backends": {"own": {"command": fake_cli(script)}}})
     eventually(lambda: server.call("GET", "/health").status == 200 and connections(server) == 0)
     least = next_descriptor(server)
     idle = [Wire(server, HEALTH) for _ in range(2)]
@@ -426,7 +437,7 @@ def test_without_a_free_descriptor_nothing_spins_and_the_next_one_gets_in(
         wire.until(b'"runs"')
     asked = json.dumps({"backend": "own", "prompt": "p"}).encode()
     running = [Wire(server, post(NATIVE, f"Content-Length: {len(asked)}", body=asked)) for _ in range(2)]
-    eventually(lambda: server.call("GET", "/health").json["runs"]["active"] == 2)
+    eventually(lambda: len(list(tmp_path.glob("started-*"))) == 2, 20)
     eventually(lambda: connections(server) == 4)
 
     allow(next_descriptor(server))
