@@ -6912,9 +6912,9 @@ class Parser(waitress.parser.HTTPRequestParser):
         limit, body = self.adj.max_request_header_size, self.body_rcv
         if self.error and self.error.code == 431:  # then waitress says GET /, whatever it was
             self.command = self.path = ""
-            first_line = (self.header_plus + data).lstrip().partition(b"\r\n")[0]
+            first_line, line_end, _ = (self.header_plus + data).lstrip().partition(b"\r\n")
             with contextlib.suppress(waitress.parser.ParsingError):
-                self.parse_header(first_line + b"\r\n")
+                self.parse_header(first_line + line_end)
         if self.chunked and not self.completed and len(body.control_line) + len(body.trailer) > limit:
             self.completed = True
             self.error = BadRequest(f"the first line of a chunk, or the trailer, is over {limit} bytes; send less")

@@ -497,8 +497,10 @@ def raw(server: Served, sent: bytes) -> int:
     (b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 400, "POST", OPENAI, f"POST {OPENAI} 400"),
     (b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n", 413, "POST", OPENAI,
      f"POST {OPENAI} 413"),
-    pytest.param(b"POST %s HTTP/1.1\r\nHost: localhost\r\nX: " + 300_000 * b"x" + b"\r\n\r\n", 400, "other",
-                 "unmatched", "- - 400", id="a long head")])
+    pytest.param(b"POST %s HTTP/1.1\r\nHost: localhost\r\nX: " + 300_000 * b"x" + b"\r\n\r\n", 431, "POST", OPENAI,
+                 f"POST {OPENAI} 431", id="a long head"),
+    pytest.param(b"POST %s" + 300_000 * b"x" + b" HTTP/1.1\r\n\r\n", 431, "other", "unmatched", "- - 431",
+                 id="a long path")])
 def test_what_waitress_refuses_is_counted_and_logged(
         serve: Callable[..., Served], sent: bytes, status: int, method: str, path: str, line: str) -> None:
     server = serve(config={"server": {"metrics_enabled": True}})
