@@ -255,7 +255,8 @@ TARGETS = [
     ("/health;x", 401, 404), ("/health%00", 401, 404), ("/health%0A", 401, 404), ("/health%3Fx", 401, 404),
     ("/health%23", 401, 404), ("/HEALTH", 401, 404), ("/health.", 401, 404), ("/health%20", 401, 404),
     ("/%2568ealth", 401, 404), ("/health%5C..%5Capi", 401, 404), ("\\health", 401, 404), ("health", 401, 404),
-    ("*", 401, 404), ("/api/v1/backends/health", 401, 404), ("/openapi.json/x", 401, 404), ("//evil/health", 401, 404),
+    ("*", 401, 404), ("/api/v1/backends/health", 401, 404), ("/openapi.json/x", 401, 404), ("/docsx", 401, 404),
+    ("/docs.", 401, 404), ("/metrics/x", 401, 404), ("//evil/health", 401, 404),
     ("/health", 200, 200), ("/health/", 200, 200), ("//health", 200, 200), ("/%68ealth", 200, 200),
     ("/health%2F", 200, 200), ("/%2Fhealth", 200, 200), ("/health?x=/api/v1/backends", 200, 200),
     ("/health#/api/v1/backends", 200, 200)]
