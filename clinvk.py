@@ -5487,14 +5487,18 @@ def check_flags(extra: List[str], allowed: Mapping[str, bool], backend: str) -> 
 
 
 def with_values_attached(extra: List[str], flags: Container[str]) -> List[str]:
-    """`--flag value` as `--flag=value`, `-f value` as `-fvalue`, for `flags`, of which nobody knows whether they take a
-    value: with one that takes none, a word by itself would be taken for a subcommand."""
+    """`--flag value` as `--flag=value`, for `flags`, of which nobody knows whether they take a value: with one that
+    takes none, a word by itself would be taken for a subcommand. Raises Forbidden for `-f value`: in `-fvalue`, each
+    letter could be a flag."""
     words: List[str] = []
     for item in extra:
-        if words and words[-1] in flags and not item.startswith("-"):
-            words[-1] += ("=" if words[-1].startswith("--") else "") + item
-        else:
+        before = words[-1] if words else ""
+        if before not in flags or item.startswith("-"):
             words.append(item)
+        elif before.startswith("--"):
+            words[-1] += "=" + item
+        else:
+            raise Forbidden(f'extra: {before} can not be given a value ("{item}"); use the long form of the flag')
     return words
 
 

@@ -840,12 +840,21 @@ def test_the_listed_flags_of_each_backend_reach_its_command_line(planned: Callab
 
 @pytest.mark.parametrize("backend, extra, passed", [
     ("codex", ["--allowed", "logout"], ["--allowed=logout"]), ("claude", ["--allowed", "mcp"], ["--allowed=mcp"]),
-    ("gemini", ["--debug", "--allowed", "mcp"], ["--debug", "--allowed=mcp"]), ("codex", ["-a", "x=y"], ["-ax=y"]),
-    ("claude", ["--effort", "low", "-a", "b", "--allowed"], ["--effort", "low", "-ab", "--allowed"])])
+    ("gemini", ["--debug", "--allowed", "mcp"], ["--debug", "--allowed=mcp"]),
+    ("codex", ["-a", "-a"], ["-a", "-a"]), ("codex", ["--allowed", "", "-a"], ["--allowed=", "-a"]),
+    ("claude", ["--effort", "low", "-a", "--allowed"], ["--effort", "low", "-a", "--allowed"])])
 def test_no_word_after_a_flag_of_the_config_can_be_taken_for_a_subcommand(
         planned: Callable[..., Reply], backend: str, extra: List[str], passed: List[str]) -> None:
     argv = shlex.split(planned(backend, extra).json["output"].splitlines()[0])
     assert argv[len(argv) - len(passed) - (backend == "codex"):][:len(passed)] == passed
+
+
+@pytest.mark.parametrize("backend", ["claude", "codex", "gemini"])
+@pytest.mark.parametrize("extra", [["-a", "y"], ["-a", "c"], ["--allowed", "-a", "y"], ["-a", "-a", "x=y"]])
+def test_no_word_after_a_short_flag_of_the_config_becomes_further_short_flags(planned: Callable[..., Reply],
+                                                                              backend: str, extra: List[str]) -> None:
+    reply = planned(backend, extra)
+    assert reply.status == 403 and "extra: -a can not be given a value" in fault(reply, "native")
 
 
 @pytest.mark.parametrize("backend, extra, named", REFUSED)
