@@ -6494,7 +6494,7 @@ HEADERS = {
     "X-Clinvk-Estimate": "`true`: the count is an estimate.",
     "Retry-After": "Seconds after which to try again.",
     "WWW-Authenticate": "Bearer: send a key."}
-EVERYWHERE = (BadRequest, Forbidden, RateLimited, ClinvkError)  # errors of every route
+EVERYWHERE = (BadRequest, Forbidden, HeadTooLarge, RateLimited, TooSlow, ClinvkError)  # errors of every route
 WITH_A_BODY = (WrongType, TooLarge)
 
 
