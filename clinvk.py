@@ -5277,7 +5277,11 @@ def host_name(host: str) -> str:
 
 def check_origin(config: Config, head: Head) -> None:
     """Only the server's own pages, desktop apps and what the config allows may call from a browser engine."""
-    if "HTTP_ORIGIN" in head.environ and not allows_origin(config, head):
+    if "HTTP_ORIGIN" not in head.environ:
+        if head.get("Sec-Fetch-Site") in ("cross-site", "same-site") and head.get("Sec-Fetch-Dest") != "document":
+            raise Forbidden("a web page of another origin must not load this, not even without reading it; its own "
+                            "scripts may, with fetch and CORS, if server.cors_allowed_origins has its origin")
+    elif not allows_origin(config, head):
         origin = head.get("Origin")
         raise Forbidden(f'the Origin "{origin}" is not allowed: a web page must not drive the CLIs. If this one may, '
                         f'set server.cors_allowed_origins: ["{origin}"]')
@@ -6625,7 +6629,7 @@ DOCS_FILES = {"start.js": "text/javascript", "swagger-ui-bundle.js": "text/javas
 
 def docs_answer(data: bytes, content_type: str) -> Answer:
     return Answer([data], content_type=f"{content_type}; charset=utf-8", headers={
-        "Content-Security-Policy": DOCS_POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"})
+        "Content-Security-Policy": DOCS_POLICY, "Cache-Control": "no-cache"})
 
 
 @route("GET", "/docs", answer="text/html")
@@ -6666,13 +6670,17 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
         environ[STOP] = Stop(environ.get("waitress.client_disconnected", lambda: False), server.closing)
         ran = environ[RAN] = []
         answer = answer_or_error(server, router, head, request_id)
-        answer.headers.update({"X-Request-Id": request_id, "request-id": request_id,
-                               **cors_headers(server.config, head)})
+        answer.headers.update(headers_of_every_answer(server.config, head, request_id))
         start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", list(answer.headers.items()))
         if head.method == "HEAD":
             answer.body = []
         return Sent(answer, lambda: request_ended(server, head, answer.status, request_id, began, ran))
     return app
+
+
+def headers_of_every_answer(config: Config, head: Head, request_id: str) -> Dict[str, str]:
+    return {"X-Request-Id": request_id, "request-id": request_id, "X-Content-Type-Options": "nosniff",
+            **cors_headers(config, head)}
 
 
 STOP = "clinvk.stop"  # the request's Stop in WSGI's environ
@@ -6865,9 +6873,8 @@ class RefusedEarly(waitress.task.ErrorTask):
         renderer = renderer_of(head.path, speaks_anthropic=bool(head.get("anthropic-version")))
         status, data = renderer.status(error), to_json(renderer.error(error, request_id))
         self.status = f"{status} {http.HTTPStatus(status).phrase}"
-        self.response_headers += [("Content-Type", renderer.error_type), ("X-Request-Id", request_id),
-                                  ("request-id", request_id), ("Content-Length", str(len(data))),
-                                  *cors_headers(self.channel.server.clinvk.config, head).items()]
+        self.response_headers += [("Content-Type", renderer.error_type), ("Content-Length", str(len(data))),
+                                  *headers_of_every_answer(self.channel.server.clinvk.config, head, request_id).items()]
         request.headers["CONNECTION"] = "close"  # whatever the client asked for
         self.set_close_on_finish()
         self.content_length = len(data)

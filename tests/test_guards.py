@@ -410,6 +410,16 @@ def test_a_page_of_any_other_origin_is_refused(client: Client, origin: str) -> N
     assert client.call("GET", "/health", Origin=origin).status == 403
 
 
+@pytest.mark.parametrize("site, dest, status", [
+    ("cross-site", "image", 403), ("same-site", "object", 403), ("cross-site", "iframe", 403), ("cross-site", "", 403),
+    ("cross-site", "document", 200), ("same-origin", "image", 200), ("none", "document", 200), ("", "", 200)])
+def test_what_a_page_loads_without_an_origin_is_refused_by_its_site(client: Client, site: str, dest: str,
+                                                                    status: int) -> None:
+    """A GET of an element has no Origin; the browser says by itself what kind of page asks, and for what."""
+    said = {"Sec_Fetch_Site": site, "Sec_Fetch_Dest": dest} if site else {}
+    assert client.call("GET", "/api/v1/sessions", **said).status == status
+
+
 # ---- CORS
 
 @pytest.mark.parametrize("allowed, origin, status", [
