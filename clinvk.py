@@ -4819,6 +4819,7 @@ class Renderer:
 
     `stream` is given events that begin with the answer's first and end with Done; a Failure in them becomes the
     API's own kind of error in the stream. Both must leave `events` to their caller to close."""
+    name: ClassVar[str]  # of the API
     stream_type = "text/event-stream"
     error_type = JSON_TYPE
     error_answer: ClassVar[Any]
@@ -4861,6 +4862,7 @@ class Renderer:
 
 class Native(Renderer):
     """SPEC 2.1: one JSON object, or NDJSON events."""
+    name = "clinvk"
     stream_type = "application/x-ndjson"
     error_type = "application/problem+json"
     error_answer = NativeError
@@ -4976,7 +4978,7 @@ def done_content(result: Result, text: str) -> DoneContent:
 
 class OpenAI(Renderer):
     """SPEC 2.4: chat completions."""
-    error_answer = OpenAIError
+    name, error_answer = "OpenAI", OpenAIError
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
@@ -5054,7 +5056,7 @@ def openai_usage(usage: Usage) -> OpenAIUsage:
 
 class Anthropic(Renderer):
     """SPEC 2.5: messages."""
-    error_answer = AnthropicError
+    name, error_answer = "Anthropic", AnthropicError
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
@@ -6533,7 +6535,7 @@ def operation(entry: Route, schemas: Schemas, config: Config) -> Json:
     also = f"Answers under {', '.join(aliases)}, too." if aliases else ""
     style = renderer_of(entry.path)
     shown: Json = {"operationId": entry.function.__name__, "summary": summary,
-                   "tags": ["Server" if style is Native and "/api/" not in entry.path else style.__name__],
+                   "tags": ["Server" if style is Native and "/api/" not in entry.path else style.name],
                    **said({"description": " ".join(part for part in (more.strip(), also) if part)})}
     if entry.query or "{id}" in entry.path:
         shown["parameters"] = parameters(entry, schemas)
