@@ -6792,6 +6792,7 @@ def too_large(limit: int) -> str:
     return f"the body is larger than {limit} bytes; send less, or raise server.max_request_body_bytes"
 
 
+LONGEST_LOGGED = 500  # characters of a path
 METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 
 
@@ -6801,9 +6802,8 @@ def request_ended(server: Server, head: Head, status: int, request_id: str, bega
     seconds = time.monotonic() - began
     method = head.method if head.method in METHODS else "other"
     server.metrics.request_ended(method, pattern_of(routed_path(head)), status, seconds)
-    path = head.path.encode("unicode_escape").decode().replace(" ", "\\x20")
-    for key in server.config.keys:
-        path = path.replace(key, "<key>")
+    path = functools.reduce(lambda path, key: path.replace(key, "<key>"), server.config.keys, head.path)
+    path = path[:LONGEST_LOGGED].encode("unicode_escape").decode().replace(" ", "\\x20")
     runs = [[one for one in ran if one.backend == name] for name in dict.fromkeys(one.backend for one in ran)]
     LOG.info("%s %s %s %d %.0f ms %s%s", client_address(server.config, head) or "-", head.method, path, status,
              1000 * seconds, request_id, "".join(map(told_of, runs)))

@@ -227,9 +227,9 @@ class Client:
         """As `Served.call`; Host is localhost unless given. A header that is None is not sent."""
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         path, _, query = path.partition("?")
-        self.input = io.BytesIO(data)
+        self.input = sent = io.BytesIO(data)  # by its own name: other threads may call, too
         environ: Dict[str, Any] = {"REQUEST_METHOD": method, "PATH_INFO": path.encode().decode("latin-1"),
-                                   "QUERY_STRING": query, "wsgi.input": self.input, "HTTP_HOST": "localhost:8080",
+                                   "QUERY_STRING": query, "wsgi.input": sent, "HTTP_HOST": "localhost:8080",
                                    "CONTENT_LENGTH": str(len(data)), "REMOTE_ADDR": "127.0.0.1"}
         if body is not None:
             environ["CONTENT_TYPE"] = "application/json"
