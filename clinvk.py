@@ -1889,7 +1889,7 @@ def usage_of(read: Callable[[Any], Optional[Usage]], counts: Any) -> Iterator[Ev
     """The counts that a CLI tells, if they are as `read` knows them: an answer does not hang on them."""
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         usage = read(counts)
-        if usage:
+        if usage and all(isinstance(count, int) for count in vars(usage).values()):
             yield TokenUsage(usage)
 
 
@@ -2153,13 +2153,13 @@ def claude_models(result: Json) -> List[Json]:
 
 
 def claude_cost(result: Json) -> Optional[float]:
-    """A turn's own, in USD."""
-    total = result.get("total_cost_usd")
-    if total is None or result.get("model_usage_since_last_result") is None:
-        return total
+    """A turn's own, in USD; None if it is not known, or no number."""
+    cost = result.get("total_cost_usd")
     with contextlib.suppress(TypeError, AttributeError):
-        return sum(model.get("costUSD") or 0 for model in claude_models(result))
-    return None  # not known
+        if cost is not None and result.get("model_usage_since_last_result") is not None:
+            cost = sum(model.get("costUSD") or 0 for model in claude_models(result))
+        return float(cost) if math.isfinite(cost) else None  # type: ignore[arg-type]
+    return None
 
 
 def forgotten(backend: str) -> Forgotten:
@@ -6115,7 +6115,7 @@ CHAT_HEADERS = ("X-Clinvk-Backend", "X-Clinvk-Ignored")
 
 
 @route("POST", "/openai/v1/chat/completions", "/v1/chat/completions", body=ChatRequest, answer=ChatCompletion,
-       events=ChatCompletionChunk, errors=CHAT_ERRORS, headers=CHAT_HEADERS,
+       events=Union[ChatCompletionChunk, OpenAIError], errors=CHAT_ERRORS, headers=CHAT_HEADERS,
        example={"model": "echo", "messages": [{"role": "user", "content": "hello"}]})
 def chat_completions(server: Server, call: Call) -> Answer:
     """Answer a chat, as OpenAI's API does."""
@@ -6445,7 +6445,7 @@ class Schemas:
         if entry.events is EventLine:
             return self.line(entry.answer)
         event = server_sent_schema(self.of(entry.events, {}))
-        return {"anyOf": [event, LAST_OF_OPENAI]} if entry.events is ChatCompletionChunk else event
+        return {"anyOf": [event, LAST_OF_OPENAI]} if entry.answer is ChatCompletion else event
 
     def line(self, answer: Any) -> Json:
         """A line of /api/v1's streams: an event, or at the end of a fan-out the whole answer."""
@@ -6802,7 +6802,8 @@ def request_ended(server: Server, head: Head, status: int, request_id: str, bega
     seconds = time.monotonic() - began
     method = head.method if head.method in METHODS else "other"
     server.metrics.request_ended(method, pattern_of(routed_path(head)), status, seconds)
-    path = functools.reduce(lambda path, key: path.replace(key, "<key>"), server.config.keys, head.path)
+    keys = sorted(server.config.keys, key=len, reverse=True)  # one may begin with another
+    path = functools.reduce(lambda path, key: path.replace(key, "<key>"), keys, head.path)
     path = path[:LONGEST_LOGGED].encode("unicode_escape").decode().replace(" ", "\\x20")
     runs = [[one for one in ran if one.backend == name] for name in dict.fromkeys(one.backend for one in ran)]
     LOG.info("%s %s %s %d %.0f ms %s%s", client_address(server.config, head) or "-", head.method, path, status,
@@ -6865,7 +6866,8 @@ class RefusedEarly(waitress.task.ErrorTask):
     shape. The connection ends with it, but lingers: the client may be sending still."""
 
     def execute(self) -> None:
-        began, request = time.monotonic(), self.request
+        request = self.request
+        began = self.channel.begun_at if isinstance(request.error, TooSlow) else time.monotonic()
         request.path = getattr(request, "path", "")  # waitress 3.0.2 names it when the client has gone
         head = Head({"REQUEST_METHOD": getattr(request, "command", "") or "-", "PATH_INFO": request.path or "-",
                      "REMOTE_ADDR": self.channel.addr[0],
@@ -6923,17 +6925,21 @@ class Parser(waitress.parser.HTTPRequestParser):
     def received(self, data: bytes) -> int:
         taken: int = super().received(data)
         limit, body = self.adj.max_request_header_size, self.body_rcv
-        if self.error and self.error.code == 431:  # then waitress says GET /, whatever it was
-            self.command = self.path = ""
-            first_line, line_end, _ = (self.header_plus + data).lstrip().partition(b"\r\n")
-            with contextlib.suppress(waitress.parser.ParsingError):
-                self.parse_header(first_line + line_end)
+        if self.error and self.error.code == 431:
+            self.read_first_line(self.header_plus + data)
         if self.chunked and not self.completed and len(body.control_line) + len(body.trailer) > limit:
             self.completed = True
             self.error = BadRequest(f"the first line of a chunk, or the trailer, is over {limit} bytes; send less")
         if self.completed:  # else waitress would say to go on, and wait for a body that has come, or is refused
             self.expect_continue = False
         return taken
+
+    def read_first_line(self, head: bytes) -> None:
+        """Who is asked, by a head that is not whole; waitress says GET /, whatever it was."""
+        self.command = self.path = ""
+        first_line, line_end, _ = head.lstrip().partition(b"\r\n")
+        with contextlib.suppress(waitress.parser.ParsingError):
+            self.parse_header(first_line + line_end)
 
 
 class Channel(waitress.channel.HTTPChannel):
@@ -6978,11 +6984,19 @@ class Channel(waitress.channel.HTTPChannel):
         return max(self.begun_at, self.moved_at) if self.half_sent else self.moved_at
 
     def received(self, data: bytes) -> bool:
-        before = self.request if self.half_sent else None
+        before, now = self.request, time.monotonic()
+        if not (self.half_sent or self.close_when_flushed):
+            self.begun_at = now
         taken = bool(super().received(data))
-        if self.request is not before:
-            self.begun_at = time.monotonic()
+        if self.half_sent and self.request is not before:  # behind another one in the same data
+            self.begun_at = now
         return taken
+
+    def write_soon(self, data: Any) -> int:
+        """On workers: a piece of an answer. The client can not have taken anything for as long as there was nothing."""
+        if not self.total_outbufs_len:
+            self.moved_at = time.monotonic()
+        return int(super().write_soon(data))
 
     def send(self, data: bytes, do_close: bool = True) -> int:
         """On workers, too."""
@@ -7018,6 +7032,8 @@ class Channel(waitress.channel.HTTPChannel):
         """Answer the request that is half sent."""
         with self.requests_lock:  # as in waitress's `received`
             request, self.request = self.request, None
+            if not request.headers_finished:
+                request.read_first_line(request.header_plus)
             request.error, request.completed = error, True
             self.requests.append(request)
         self.server.add_task(self)
@@ -7276,11 +7292,19 @@ def warnings_of(config: Config, host: str) -> Iterator[str]:
     if "*" in config.server.cors_allowed_origins and not config.keys:
         yield ('server.cors_allowed_origins has "*", and there are no API keys: any web page that is open in a browser '
                "here could run your CLIs. Name the origins that may, or set CLINVK_API_KEYS.")
-    mode = config.file.stat().st_mode & 0o777 if config.file and config.file.exists() else 0
+    mode = mode_for_others(config.file) if config.file else 0
     secrets = secrets_in(config)
     if mode & 0o044 and secrets and os.name != "nt":
         yield (f"{config.file} can be read by other users (mode {mode:04o}), and holds secrets ({', '.join(secrets)}). "
                f"Run: chmod 600 {shlex.quote(str(config.file))}")
+
+
+def mode_for_others(file: Path) -> int:
+    """The permissions of a file; 0 if none but its directory's owner can come to it, or if it is gone."""
+    try:
+        return file.stat().st_mode & 0o777 if file.resolve().parent.stat().st_mode & 0o011 else 0
+    except OSError:
+        return 0
 
 
 def stop_serving(server: Server, number: int, frame: Any) -> None:

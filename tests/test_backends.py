@@ -607,7 +607,9 @@ RUNNING_ON = {"modelUsage": counted(300, 0.75), "total_cost_usd": 0.75}
     ({**RUNNING_ON, "usage": {"input_tokens": 7}, "model_usage_since_last_result": counted(100, 0.25)}, 7, 0.25),
     ({**RUNNING_ON, "usage": {}, "model_usage_since_last_result": counted(100, 0.25)}, 100, 0.25),  # a broken stream
     ({**RUNNING_ON, "usage": {}, "model_usage_since_last_result": {}}, None, 0),
-    ({"modelUsage": [], "total_cost_usd": None}, None, None),
+    ({"modelUsage": [], "total_cost_usd": None}, None, None), ({"total_cost_usd": "0.1"}, None, None),
+    ({"total_cost_usd": float("nan"), "usage": {"input_tokens": 7}}, 7, None),
+    ({"total_cost_usd": 0.5, "usage": {"input_tokens": 7, "output_tokens": "9"}}, None, 0.5),
     ({**RUNNING_ON, "usage": None, "model_usage_since_last_result": {"m": None}}, None, None),
     ({**RUNNING_ON, "usage": {"input_tokens": 7}, "model_usage_since_last_result": []}, 7, 0)])
 def test_a_turn_of_claude_has_its_own_counts_and_cost(result: Any, inputs: Optional[int], cost: Optional[float],

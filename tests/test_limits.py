@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import pytest
-from conftest import Reply, Served, eventually
+from conftest import Client, Reply, Served, eventually
 
 import clinvk
 
@@ -197,7 +197,8 @@ def processor_time(server: Served) -> float:
 
 def test_a_slow_request_is_a_408_in_its_apis_shape_however_regularly_its_bytes_come(serve: Serve) -> None:
     server = serve(config={"server": {"read_timeout_secs": 1.5, "idle_timeout_secs": 60}})
-    cases = [(Wire(server, b"POST /v1/messages HTTP/1.1\r\nX-A: ", b"a"), "/api"), (Wire(server, b"P"), "/api"),
+    cases = [(Wire(server, b"POST /v1/messages HTTP/1.1\r\nX-A: ", b"a"), ANTHROPIC), (Wire(server, b"P"), "/api"),
+             (Wire(server, b"POST /openai/v1/nothing HTTP/1.1"), "/api"),
              *((Wire(server, post(path, "Content-Length: 1000"), b" "), path) for path in BODIES),
              *((Wire(server, post(path, "Content-Length: 1000", body=b"{")), path) for path in BODIES),
              *((Wire(server, post(path, CHUNKS), b"1\r\n \r\n"), path) for path in BODIES),
@@ -209,6 +210,8 @@ def test_a_slow_request_is_a_408_in_its_apis_shape_however_regularly_its_bytes_c
         assert wire.lasted is not None and 1.4 < wire.lasted < 1.5 + LATE
         assert reply.status == 408 and "1.5 s" in message(reply, path)
         assert "server.read_timeout_secs" in message(reply, path)
+    lasted = [int(line.split()[-3]) for line in server.stderr.splitlines() if " 408 " in line]  # as the log tells it
+    assert len(lasted) == len(cases) and all(1400 < ms < 1500 + 1000 * LATE for ms in lasted)
 
 
 def test_a_request_that_comes_in_time_is_answered_however_it_is_cut_up(serve: Serve) -> None:
@@ -224,12 +227,15 @@ def test_a_request_that_comes_in_time_is_answered_however_it_is_cut_up(serve: Se
 
 
 def test_a_client_that_is_refused_and_goes_on_to_send_slowly_can_read_why(serve: Serve) -> None:
-    server = serve(config={"server": {"read_timeout_secs": 20, "max_request_body_bytes": 1000}})
-    wire = Wire(server, post(OPENAI, "Content-Length: 1000000"))
-    for _ in range(8):  # longer than it lingers after a 408
+    server = serve(config={"server": {"read_timeout_secs": 5, "max_request_body_bytes": 1000}})
+    wire = Wire(server, HEALTH)
+    wire.until(b'"version"')
+    time.sleep(3)  # which are no part of the next request's time
+    wire.send(post(OPENAI, "Content-Length: 1000000"))
+    for _ in range(7):  # longer than it lingers after a 408
         time.sleep(0.5)
         wire.send(b"    ")
-    (reply,) = wire.answers()
+    *_, reply = wire.answers()
     assert reply.status == 413
 
 
@@ -298,6 +304,24 @@ def test_no_limit_of_a_connection_ends_a_run_that_is_silent_for_longer(
 
 
 # ---- write_timeout_secs: without the client taking a byte
+
+def test_the_time_in_which_nothing_was_there_to_take_does_not_count(make_client: Callable[..., Client]) -> None:
+    """A run took longer than that, and the main thread looks just when its answer has come."""
+    listening = clinvk.listen(make_client({"server": {"port": 0, "write_timeout_secs": 3}}).server)
+    ours, its = socket.socketpair()
+    with contextlib.closing(listening), its:
+        channel = clinvk.Channel(listening, ours, ("127.0.0.1", 1), listening.adj, {})
+        channel.requests.append("one that is being answered")
+        channel.moved_at -= 100
+        with contextlib.suppress(BlockingIOError):
+            while ours.send(bytes(65536), socket.MSG_DONTWAIT):
+                pass  # until the kernel has room for no more
+        channel.write_soon(b"the answer")
+        channel.look(time.monotonic())
+        assert channel.connected
+        channel.look(time.monotonic() + 4)
+        assert not channel.connected
+
 
 SMALL = 4096  # bytes that a client has room for
 

@@ -511,8 +511,8 @@ def test_what_waitress_refuses_is_counted_and_logged(
 
 
 def test_a_path_is_logged_without_a_key_and_not_without_end(serve: Callable[..., Served]) -> None:
-    server = serve(CLINVK_API_KEYS="k-4711,k-4712")
-    server.call("GET", "/api/v1/k-4712/" + 5_000 * "x")
+    server = serve(CLINVK_API_KEYS="k-4,k-4712\\")  # one of which begins with the other
+    server.call("GET", "/api/v1/k-4712%5c/" + 5_000 * "x")
     [told] = eventually(lambda: log_lines(server))
     assert re.fullmatch(r"127\.0\.0\.1 GET /api/v1/<key>/x{486} 401 \d+ ms [0-9a-f]{32}", told)
 
