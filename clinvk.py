@@ -6711,7 +6711,7 @@ def request_id_of(sent: str) -> str:
 
 
 def answer_or_error(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
-    """The endpoint's answer, or the error that kept it from answering, in the shape of the API that was called."""
+    """The endpoint's answer, or the error that kept it from answering."""
     try:
         return answered(server, router, head, request_id)
     except ClinvkError as error:
@@ -6721,9 +6721,14 @@ def answer_or_error(server: Server, router: bottle.Router, head: Head, request_i
     except Exception:
         LOG.error("request %s: a defect of clinvk\n%s", request_id, traceback.format_exc())
         known = ClinvkError(f"clinvk has a defect; its log tells more under the request id {request_id}")
+    return error_answer(known, head, request_id)
+
+
+def error_answer(error: ClinvkError, head: Head, request_id: str) -> Answer:
+    """In the shape of the API that was called."""
     renderer = renderer_of(head.path, speaks_anthropic=bool(head.get("anthropic-version")))
-    return Answer([to_json(renderer.error(known, request_id))], renderer.status(known), renderer.error_type,
-                  renderer.error_headers(known))
+    return Answer([to_json(renderer.error(error, request_id))], renderer.status(error), renderer.error_type,
+                  renderer.error_headers(error))
 
 
 def answered(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
@@ -6754,7 +6759,8 @@ def matched(router: bottle.Router, method: str, path: str) -> Tuple[Route, str]:
         if error.status_code == 405:
             allow = error.headers["Allow"].replace("GET", "GET, HEAD").replace(",", ", ").replace("  ", " ")
             raise MethodNotAllowed(f"{path} takes {allow}, not {method}", allow) from None
-        raise NotFound(f"there is no {path}{nearest(path, router.builder)}") from None  # its keys are the patterns
+        shown = path if len(path) <= LONGEST_LOGGED else path[:LONGEST_LOGGED] + "..."
+        raise NotFound(f"there is no {shown}{nearest(path, router.builder)}") from None  # its keys are the patterns
     return entry, parts.get("name", "")
 
 
@@ -6846,13 +6852,13 @@ def pattern_of(path: str) -> str:
 # ---- Connections: what waitress leaves open
 
 class PatientTask(waitress.task.WSGITask):
-    """Waits for a client that reads slowly, but no longer than its run may take: waitress would wait for ever.
-    A client that takes nothing at all is left to `Channel.look`."""
+    """Waits for a client that reads a stream slowly, but no longer than its run may take: waitress would wait for ever.
+    A client that takes nothing at all is left to `Channel.look`, and what is whole to the main thread."""
 
     def write(self, data: bytes) -> None:
         channel, stop = self.channel, self.environ[STOP]
         with channel.outbuf_lock:
-            while channel.connected and channel.total_outbufs_len > channel.adj.outbuf_high_watermark:
+            while self.content_length is None and channel.connected and channel.is_full:
                 if stop.error():
                     channel.will_close = True
                     raise waitress.channel.ClientDisconnected
@@ -6866,27 +6872,30 @@ class RefusedEarly(waitress.task.ErrorTask):
     shape. The connection ends with it, but lingers: the client may be sending still."""
 
     def execute(self) -> None:
-        request = self.request
+        request, server = self.request, self.channel.server.clinvk
         began = self.channel.begun_at if isinstance(request.error, TooSlow) else time.monotonic()
         request.path = getattr(request, "path", "")  # waitress 3.0.2 names it when the client has gone
         head = Head({"REQUEST_METHOD": getattr(request, "command", "") or "-", "PATH_INFO": request.path or "-",
                      "REMOTE_ADDR": self.channel.addr[0],
                      **{f"HTTP_{name}": value for name, value in request.headers.items()}})
         error = early_error(request.error, self.channel.adj)
+        try:
+            server.rate_limit.check(server.config, head)
+        except RateLimited as limited:
+            error = limited
         request_id = request_id_of(head.get("X-Request-Id"))
-        renderer = renderer_of(head.path, speaks_anthropic=bool(head.get("anthropic-version")))
-        status, data = renderer.status(error), to_json(renderer.error(error, request_id))
-        self.status = f"{status} {http.HTTPStatus(status).phrase}"
-        self.response_headers += [("Content-Type", renderer.error_type), ("Content-Length", str(len(data))),
-                                  *headers_of_every_answer(self.channel.server.clinvk.config, head, request_id).items()]
+        answer = error_answer(error, head, request_id)
+        self.status = f"{answer.status} {http.HTTPStatus(answer.status).phrase}"
+        self.response_headers += [*answer.headers.items(),
+                                  *headers_of_every_answer(server.config, head, request_id).items()]
         request.headers["CONNECTION"] = "close"  # whatever the client asked for
         self.set_close_on_finish()
-        self.content_length = len(data)
+        self.content_length = int(answer.headers["Content-Length"])
         self.channel.lingers = True
         try:
-            self.write(data)
+            self.write(b"".join(answer.body))
         finally:
-            request_ended(self.channel.server.clinvk, head, status, request_id, began)
+            request_ended(server, head, answer.status, request_id, began)
 
 
 def early_error(fault: Any, adj: Any) -> ClinvkError:
@@ -6952,6 +6961,9 @@ class Channel(waitress.channel.HTTPChannel):
     LINGER = 2.0  # seconds, and what is left of the read time out, for a client that is still sending to read why not
     lingers = False  # whether it is to, once its answer is sent; a worker says so
     lingering = False
+    is_parked = False  # a request waits for room; a worker says so, with outbuf_lock
+    sent_bytes = 0
+    taken_bytes: Optional[int] = None  # of these, at the last look; None: there were no more for the client
 
     def __init__(self, server: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:
         super().__init__(server, sock, addr, adj, map=map)
@@ -6978,31 +6990,39 @@ class Channel(waitress.channel.HTTPChannel):
         return bool(self.requests or self.total_outbufs_len)
 
     @property
+    def is_full(self) -> bool:
+        """Whether there is enough for the client to take."""
+        return bool(self.total_outbufs_len > self.adj.outbuf_high_watermark)
+
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        """waitress would have a worker wait here for the client."""
+
+    def service(self) -> None:
+        """On workers. A request behind an answer that is still to be taken waits without one."""
+        with self.outbuf_lock:
+            self.is_parked = self.is_full
+        if not self.is_parked:
+            super().service()
+
+    @property
     def waits_since(self) -> float:
         """Since when the client has been waited for. The time of a request that is half sent does not run while the
         one before is being answered."""
         return max(self.begun_at, self.moved_at) if self.half_sent else self.moved_at
 
     def received(self, data: bytes) -> bool:
-        before, now = self.request, time.monotonic()
-        if not (self.half_sent or self.close_when_flushed):
-            self.begun_at = now
+        before, came_at = (self.request if self.half_sent else None), time.monotonic()
         taken = bool(super().received(data))
-        if self.half_sent and self.request is not before:  # behind another one in the same data
-            self.begun_at = now
+        if taken and (before is None or (self.half_sent and self.request is not before)):  # not taken: it lingers
+            self.begun_at = came_at
         return taken
-
-    def write_soon(self, data: Any) -> int:
-        """On workers: a piece of an answer. The client can not have taken anything for as long as there was nothing."""
-        if not self.total_outbufs_len:
-            self.moved_at = time.monotonic()
-        return int(super().write_soon(data))
 
     def send(self, data: bytes, do_close: bool = True) -> int:
         """On workers, too."""
         sent: int = super().send(data, do_close)
         if sent:
             self.moved_at = time.monotonic()
+            self.sent_bytes += sent
         return sent
 
     def patience(self, limits: ServerConfig) -> float:
@@ -7018,6 +7038,12 @@ class Channel(waitress.channel.HTTPChannel):
     def look(self, now: float) -> None:
         """End what has waited for too long. waitress's `will_close` would wait for a client that takes nothing."""
         limits = self.server.clinvk.config.server
+        self.look_at_the_kernel(now)
+        with self.outbuf_lock:
+            goes_on = self.is_parked and not self.is_full
+            self.is_parked = self.is_parked and not goes_on
+        if goes_on:
+            self.server.add_task(self)
         if self.will_close:
             self.handle_close()
         elif now - self.waits_since <= self.patience(limits):
@@ -7027,6 +7053,14 @@ class Channel(waitress.channel.HTTPChannel):
                                 "faster, or raise server.read_timeout_secs"))
         else:
             self.handle_close()
+
+    def look_at_the_kernel(self, now: float) -> None:
+        """It takes some MB, and no more until a third of that has gone: a slow client takes bytes all the while. And as
+        long as there was nothing to take, the client's time did not run."""
+        taken = self.sent_bytes - held_by_kernel(self.socket) if self.total_outbufs_len else None
+        if taken is not None and (self.taken_bytes is None or taken > self.taken_bytes):
+            self.moved_at = now
+        self.taken_bytes = taken
 
     def refuse(self, error: ClinvkError) -> None:
         """Answer the request that is half sent."""
@@ -7059,11 +7093,24 @@ class Channel(waitress.channel.HTTPChannel):
         return self.socket is not None and not self.lingering and bool(super().writable())
 
 
+def held_by_kernel(connection: socket.socket) -> int:
+    """How many bytes that were sent the other side has not acknowledged; 0 where nobody tells."""
+    try:
+        if sys.platform == "linux":
+            return int.from_bytes(fcntl.ioctl(connection.fileno(), 0x5411, bytes(4)), sys.byteorder)  # SIOCOUTQ
+        if sys.platform == "darwin":
+            return int(connection.getsockopt(socket.SOL_SOCKET, 0x1024))  # SO_NWRITE
+    except (OSError, ValueError):  # it is being closed just now
+        return 0
+    return 0
+
+
 class Listener(waitress.server.TcpWSGIServer):
     """A listening socket, and the connections that came through it. All of it runs on the main thread."""
     channel_class = Channel
     LOOK_SECS = 0.25  # between two looks at the connections; waitress waits for at most 1 s
     PAUSE_SECS = 0.5  # before the next try, if nobody can be let in
+    ACCEPTS = 100  # at a time
     looks_at = accepts_at = told_at = 0.0
     kept_out = False  # whether somebody wants to come in and could not
     clinvk: Server
@@ -7094,10 +7141,23 @@ class Listener(waitress.server.TcpWSGIServer):
                       "used up; raise that limit (ulimit -n)")
 
     def handle_accept(self) -> None:
-        if len(self._map) < self.adj.connection_limit:
+        """All that wait, up to some: between two calls the loop walks all connections."""
+        for _ in range(self.ACCEPTS):
+            if len(self._map) >= self.adj.connection_limit:
+                self.kept_out = True
+            if self.kept_out:
+                return
             super().handle_accept()
-        else:
-            self.kept_out = True
+            if not self.has_somebody_waiting():
+                return
+
+    def has_somebody_waiting(self) -> bool:
+        """Without a free descriptor, accept() itself does not even look."""
+        if not hasattr(select, "poll"):
+            return False
+        poll = select.poll()
+        poll.register(self.socket.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     def accept(self) -> Any:
         try:

@@ -323,6 +323,48 @@ def test_the_time_in_which_nothing_was_there_to_take_does_not_count(make_client:
         assert not channel.connected
 
 
+def test_a_client_that_takes_bytes_slowly_but_steadily_gets_them_all(
+        serve: Serve, fake_cli: Callable[..., str]) -> None:
+    """The kernel takes no more of us for longer than that: it has MB of its own to send first."""
+    command = fake_cli("sys.stdin.read(); print('x' * 7_000_000)")
+    server = serve(config={"server": {"write_timeout_secs": 2}, "backends": {"own": {"command": command}}})
+    asked = json.dumps({"backend": "own", "prompt": "p"}).encode()
+    wire = Wire(server, post(NATIVE, f"Content-Length: {len(asked)}", "Connection: close", body=asked))
+    while wire.lasted is None:
+        wire.hear()
+        time.sleep(0.1)
+    (reply,) = replies(wire.heard)
+    assert len(reply.json["output"]) == 7_000_001
+
+
+@pytest.mark.parametrize("sent, times", [("a file of the docs", 8), ("a long answer", 1)])
+def test_clients_that_read_nothing_hold_no_threads(
+        serve: Serve, fake_cli: Callable[..., str], sent: str, times: int) -> None:
+    """Whether they send one request behind the other, or have a long answer to read: there are 21 threads."""
+    command = fake_cli("sys.stdin.read(); print('x' * 12_000_000)")
+    server = serve(config={"server": {"max_concurrent_runs": 1, "max_waiting_runs": 4},
+                           "backends": {"own": {"command": command}}})
+    asked = json.dumps({"backend": "own", "prompt": "p"}).encode()
+    request = {"a file of the docs": head("GET /docs/swagger-ui-bundle.js HTTP/1.1"),
+               "a long answer": post(NATIVE, f"Content-Length: {len(asked)}", body=asked)}[sent]
+    wires = []
+    for _ in range(25):
+        wires.append(Wire(server, times * request, receive_buffer=SMALL))
+        wires[-1].until(b" 200 OK")
+    assert server.call("GET", "/health", timeout=10).status == 200
+    for wire in wires:
+        wire.socket.close()
+
+
+def test_what_is_sent_one_behind_the_other_is_answered_in_order_once_it_is_read(serve: Serve) -> None:
+    paths = ["/docs/swagger-ui-bundle.js", "/health", "/docs/swagger-ui-bundle.js", "/docs/start.js", "/health"]
+    requests = [head(f"GET {path} HTTP/1.1") for path in paths[:-1]]
+    wire = Wire(serve(), b"".join(requests) + head("GET /health HTTP/1.1", "Connection: close"))
+    wire.until(b" 200 OK")
+    time.sleep(0.5)  # more than the kernel takes has come
+    assert [b"SwaggerUIBundle" in each.body for each in wire.answers()] == ["docs" in path for path in paths]
+
+
 SMALL = 4096  # bytes that a client has room for
 
 
