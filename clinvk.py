@@ -24,6 +24,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import pkgutil
 import platform
@@ -173,13 +174,14 @@ class TooLarge(ClinvkError):
 
 
 class HeadTooLarge(ClinvkError):
-    """The request line and the headers are over what waitress takes in."""
+    """The request line and the headers are too large."""
     status, anthropic = 431, "invalid_request_error"
     openai = ("invalid_request_error", "request_header_fields_too_large")
 
 
 class TooSlow(ClinvkError):
-    """The request did not come whole within `server.read_timeout_secs`. Anthropic's `timeout_error` is for 504 only."""
+    """The request did not come whole within `server.read_timeout_secs`."""
+    # Anthropic's `timeout_error` is for 504 only.
     status, openai, anthropic = 408, ("invalid_request_error", "request_timeout"), "invalid_request_error"
 
 
@@ -196,6 +198,10 @@ class RateLimited(ClinvkError):
 class BackendUnavailable(ClinvkError):
     """The CLI is not installed or is disabled, or the waiting line is full."""
     status, openai, anthropic = 503, ("api_error", "backend_unavailable"), "overloaded_error"
+
+
+class Defect(ClinvkError):
+    """clinvk itself failed; its log tells more under the request id."""
 
 
 class StoreUnavailable(ClinvkError):
@@ -231,7 +237,8 @@ Model = TypeVar("Model")
 def param(default: Any = dataclasses.MISSING, *, doc: str = "", minimum: Optional[float] = None,
           maximum: Optional[float] = None, above: Optional[float] = None, choices: Sequence[Any] = (),
           longest: Optional[int] = None, not_empty: bool = False, not_blank: bool = False, free_text: bool = False,
-          flag_value: bool = False, directory: bool = False, shape: Optional[Json] = None) -> Any:
+          flag_value: bool = False, directory: bool = False, names_backend: bool = False,
+          shape: Optional[Json] = None) -> Any:
     """A field that may come over the wire. `default` is a value, or list, dict or a dataclass to make one of.
 
     `free_text` is for what never reaches a command line or a file name: NUL is allowed in it. `flag_value` is for what
@@ -239,7 +246,7 @@ def param(default: Any = dataclasses.MISSING, *, doc: str = "", minimum: Optiona
     Schema for what other code checks."""
     rules = {"doc": doc, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices, "longest": longest,
              "not_empty": not_empty, "not_blank": not_blank, "free_text": free_text, "flag_value": flag_value,
-             "directory": directory, "shape": shape or {}, "wire": True}
+             "directory": directory, "names_backend": names_backend, "shape": shape or {}, "wire": True}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=rules)
     return dataclasses.field(default=default, metadata=rules)
@@ -539,7 +546,7 @@ class Config:
     parallel: ParallelConfig = param(ParallelConfig)
     server: ServerConfig = param(ServerConfig)
     home: Path = internal(Path())
-    file: Optional[Path] = dataclasses.field(default=None, compare=False)  # that was read
+    file: Optional[Path] = dataclasses.field(default=None, compare=False)  # of the config; None: there was none
     here: str = internal("")  # the directory in which the server was started
     keys: Tuple[str, ...] = internal(())
     environ: Mapping[str, str] = internal(dict)  # what the CLIs inherit
@@ -609,6 +616,8 @@ def keys_of(config: Config) -> Tuple[str, ...]:
     """The keys in the environment, else those that gopass keeps; none: the server is open. Raises ConfigError if gopass
     was to have some, and does not tell them."""
     path, given = config.server.api_keys_gopass_path, config.environ.get("CLINVK_API_KEYS", "")
+    if given and not words_of(given):
+        raise ConfigError("CLINVK_API_KEYS: has no key in it; give keys with commas between them, or unset it")
     if path and not words_of(given):
         try:
             given = subprocess.run(["gopass", "show", "--password", path], env=dict(config.environ), check=True,
@@ -733,7 +742,7 @@ class PromptRequest:
     # None is "not said": `settled` puts the config's value there.
     SHAPE: ClassVar[Json] = {"not": {"required": ["session_id", "ephemeral"], "properties": {
         "session_id": {"type": "string"}, "ephemeral": {"enum": [True]}}}}
-    backend: str = param(not_empty=True, doc="A configured backend's name.")
+    backend: str = param(not_empty=True, names_backend=True, doc="A configured backend's name.")
     prompt: str = param(not_blank=True, free_text=True, doc="What the CLI is asked.")
     model: Optional[str] = param(None, flag_value=True, doc="Passed to the CLI; `fast`, `balanced` and `best` are "
                                  "aliases of the config.")
@@ -812,7 +821,7 @@ class ChainRequest:
 @dataclass(frozen=True)
 class CompareRequest:
     """One prompt on several backends. None of the runs keeps a session."""
-    backends: List[str] = param(not_empty=True, longest=100, doc="Names of configured backends.")
+    backends: List[str] = param(not_empty=True, longest=100, names_backend=True, doc="Names of configured backends.")
     prompt: str = param(not_blank=True, free_text=True, doc="What they are asked.")
     model: Optional[str] = param(None, flag_value=True, doc="Passed to each CLI, or an alias of the config.")
     workdir: Optional[str] = param(None, directory=True, doc="Where they run.")
@@ -827,6 +836,9 @@ class AgentOptions(PromptRequest):
     backend: str = internal("")
     prompt: str = internal("")
     model: Optional[str] = internal(None)
+    workdir: Optional[str] = param(None, directory=True, doc="Where the agent runs. Without it the model runs, in an "
+                                   "empty directory of clinvk's.")
+    ephemeral: bool = param(False, doc="Without a session_id nothing is stored anyway.")
     output_format: str = internal("default")
 
 
@@ -1031,7 +1043,7 @@ class Compat(Open):
         backend, model = backend_of(self.model, config)
         options = self.clinvk or AgentOptions()
         isolated = options.workdir is None and options.session_id is None and config.server.compat_mode == "model"
-        if not any(piece.text.strip() for turn in turns for piece in turn.pieces):
+        if not any(piece.tag or piece.text.strip() for turn in turns for piece in turn.pieces):
             raise Invalid([Problem("messages", "have no text to answer")])
         said: Json = {"backend": backend, "prompt": as_prompt(turns), "model": model}
         check(PromptRequest, said)  # none of them may be taken for a flag, for instance
@@ -1040,12 +1052,23 @@ class Compat(Open):
                                    ephemeral=options.ephemeral or options.session_id is None, **fields)
 
 
-NOT_BLANK = r"[^\s\x1c-\x1f]"
-SOME_TEXT = {"anyOf": [{"type": "string", "pattern": NOT_BLANK}, {"type": "array", "contains": {
-    "type": "object", "required": ["type", "text"],
-    "properties": {"type": {"enum": ["text"]}, "text": {"type": "string", "pattern": NOT_BLANK}}}}]}
-SAYS_SOMETHING = {"contains": {"type": "object", "required": ["role", "content"], "properties": {
-    "role": {"enum": ["user", "assistant", "tool"]}, "content": SOME_TEXT}}}
+# JSON Schema of what only `prompt_request` and `refuse_not_yet` check.
+NOT_BLANK = r"[^\s\x1c-\x1f\x85]"  # what str.strip() leaves, also where \s is ECMAScript's
+BLANK_NOT = {"type": "string", "pattern": NOT_BLANK}
+
+
+def with_any(*shapes: Json) -> Json:
+    """A list of which one item has one of `shapes`: fields that it must have."""
+    kinds = [{"type": "object", "required": list(shape), "properties": shape} for shape in shapes]
+    return {"contains": {"anyOf": kinds}}
+
+
+TALK: Json = {"enum": ["user", "assistant", "tool", "function"]}
+SOME_PART = with_any({"type": {"enum": ["text"]}, "text": BLANK_NOT},
+                     {"type": {"enum": ["refusal"]}, "refusal": BLANK_NOT})
+SOME_MESSAGE = with_any({"role": TALK, "content": {"anyOf": [BLANK_NOT, {"type": "array", **SOME_PART}]}},
+                        {"role": TALK, "refusal": BLANK_NOT}, {"role": {"enum": ["tool", "function"]}},
+                        {"role": TALK, "tool_calls": {"type": "array", "minItems": 1}})
 LENIENT = "Accepted and without effect."
 
 
@@ -1054,23 +1077,24 @@ class ChatRequest(Compat):
     """A chat completion. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
     model: str = param(not_empty=True, doc="`claude`, `codex`, `gemini` or another configured backend; "
                        "`backend/model`; the name of a model that one of them has; `default`; an alias of the config.")
-    messages: List[ChatMessage] = param(not_empty=True, shape=SAYS_SOMETHING, doc="The conversation; the last turn of "
+    messages: List[ChatMessage] = param(not_empty=True, shape=SOME_MESSAGE, doc="The conversation; the last turn of "
                                         "the user is the one to answer.")
     stream: bool = param(False, doc="Answer as server-sent events.")
-    stream_options: StreamOptions = param(StreamOptions)
+    stream_options: StreamOptions = param(StreamOptions, doc="What a stream tells besides the answer.")
     n: int = param(1, minimum=1, maximum=8, shape={"maximum": 1}, doc="How many answers.")
     stop: Union[None, str, List[str]] = param(None, longest=4, free_text=True, doc="The answer ends before the first "
                                               "of these.")
     max_tokens: Optional[int] = param(None, minimum=1, doc="Of the answer, where the CLI can.")
-    max_completion_tokens: Optional[int] = param(None, minimum=1, doc="As max_tokens, which it outdoes.")
+    max_completion_tokens: Optional[int] = param(None, minimum=1, doc="As max_tokens, and stronger.")
     reasoning_effort: str = param("", doc="low, medium, high ...: where the CLI can.")
-    response_format: Optional[Dict[str, Any]] = param(None, shape={"properties": {"type": {"enum": ["text"]}}})
+    response_format: Optional[Dict[str, Any]] = param(None, shape={"properties": {"type": {"enum": ["text"]}}},
+                                                      doc="Text, in this version.")
     tools: List[Any] = param(list, doc="Not offered to the CLI in this version.")
-    tool_choice: Any = param(None, shape={"enum": ["auto", "none"]})
-    logprobs: bool = param(False, shape=NEVER)
+    tool_choice: Any = param(None, shape={"enum": ["auto", "none"]}, doc="What the client's tools are for.")
+    logprobs: bool = param(False, shape=NEVER, doc="No CLI gives them.")
     user: Any = param(None, doc=LENIENT)
     metadata: Any = param(None, doc=LENIENT)
-    clinvk: Optional[AgentOptions] = param(None)
+    clinvk: Optional[AgentOptions] = param(None, doc="How the chat runs.")
     unknown: Tuple[str, ...] = internal(())
 
     @property
@@ -1144,7 +1168,7 @@ class ToolResultBlock(Open):
 
 @dataclass(frozen=True)
 class ThinkingBlock(Open):
-    """Thinking of an earlier answer. It is left out, as Anthropic's API does."""
+    """Thinking of an earlier answer. It is left out, as in Anthropic's API."""
     type: str = param(choices=("thinking", "redacted_thinking"))
     thinking: str = param("", free_text=True)
     signature: str = param("")
@@ -1207,7 +1231,7 @@ def content_pieces(content: Union[None, str, Sequence[Block]]) -> List[Piece]:
     """A content as it stands in a prompt."""
     if content is None or isinstance(content, str):
         return [Piece(content or "")]
-    return [piece for block in content for piece in [block.piece()] if piece]
+    return [piece for piece in (block.piece() for block in content) if piece]
 
 
 def pieces_text(pieces: Iterable[Piece]) -> str:
@@ -1238,29 +1262,31 @@ class OutputConfigParam(Open):
     format: Any = param(None, shape={"enum": [None]})
 
 
-SOME_TEXT_TURN = {"contains": {"type": "object", "required": ["role", "content"],
-                               "properties": {"role": {"enum": ["user", "assistant"]}, "content": SOME_TEXT}},
-                  "prefixItems": [{"$ref": "#/components/schemas/MessageParam",
-                                   "properties": {"role": {"enum": ["user", "system"]}}}]}
+SOME_BLOCK = with_any({"type": {"enum": ["text"]}, "text": BLANK_NOT},
+                      {"type": {"enum": ["tool_use", "tool_result", "document", "search_result"]}})
+SOME_TURN: Json = {**with_any({"role": {}, "content": {"anyOf": [BLANK_NOT, {"type": "array", **SOME_BLOCK}]}}),
+                   "prefixItems": [{"$ref": "#/components/schemas/MessageParam",
+                                    "properties": {"role": {"enum": ["user", "system"]}}}]}
 
 
 @dataclass(frozen=True)
 class MessagesRequest(Compat):
     """A message. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
     model: str = param(not_empty=True, doc="As in a chat completion.")
-    messages: List[MessageParam] = param(not_empty=True, shape=SOME_TEXT_TURN, doc="The conversation; the first turn "
+    messages: List[MessageParam] = param(not_empty=True, shape=SOME_TURN, doc="The conversation; the first turn "
                                          "is the user's.")
     max_tokens: int = param(minimum=1, doc="Of the answer, where the CLI can.")
-    system: Union[None, str, List[Block]] = param(None, free_text=True, doc="The system prompt.")
+    system: Union[None, str, List[TextBlock]] = param(None, free_text=True, doc="The system prompt.")
     stream: bool = param(False, doc="Answer as server-sent events.")
     stop_sequences: List[str] = param(list, free_text=True, doc="The answer ends before the first of these.")
     metadata: Any = param(None, doc=LENIENT)
-    thinking: Optional[ThinkingParam] = param(None)
+    thinking: Optional[ThinkingParam] = param(None, doc="How much the CLI may think, where it can.")
     tools: List[Any] = param(list, doc="Not offered to the CLI in this version.")
-    tool_choice: Optional[Dict[str, Any]] = param(None, shape={"properties": {"type": {"enum": ["auto", "none"]}}})
-    output_format: Any = param(None, shape={"enum": [None]})
-    output_config: Optional[OutputConfigParam] = param(None)
-    clinvk: Optional[AgentOptions] = param(None)
+    tool_choice: Optional[Dict[str, Any]] = param(None, doc="What the client's tools are for.", shape={
+        "properties": {"type": {"enum": ["auto", "none", None]}}})
+    output_format: Any = param(None, shape={"enum": [None]}, doc="Text, in this version.")
+    output_config: Optional[OutputConfigParam] = param(None, doc="How hard the CLI is to try, where it can.")
+    clinvk: Optional[AgentOptions] = param(None, doc="How the chat runs.")
     unknown: Tuple[str, ...] = internal(())
 
     @property
@@ -1269,7 +1295,7 @@ class MessagesRequest(Compat):
 
     @property
     def choice(self) -> str:
-        return str((self.tool_choice or {}).get("type", "auto"))
+        return str((self.tool_choice or {}).get("type") or "auto")
 
     def to_prompt(self, config: Config) -> PromptRequest:
         self.refuse_not_yet()
@@ -1297,9 +1323,9 @@ class MessagesRequest(Compat):
 class CountRequest(Open):
     """What is to be counted. Other fields are accepted and without effect."""
     model: str = param(not_empty=True, doc="As in a chat completion.")
-    messages: List[MessageParam] = param(not_empty=True)
-    system: Union[None, str, List[Block]] = param(None, free_text=True)
-    tools: List[Any] = param(list)
+    messages: List[MessageParam] = param(not_empty=True, doc="The conversation.")
+    system: Union[None, str, List[TextBlock]] = param(None, free_text=True, doc="The system prompt.")
+    tools: List[Any] = param(list, doc="Their JSON counts.")
     unknown: Tuple[str, ...] = internal(())
 
     def characters(self) -> int:
@@ -1383,12 +1409,14 @@ class Message(Event):
 
 @dataclass(frozen=True)
 class Thinking(Event):
+    """A piece of what the CLI thinks, or with `is_partial` false the whole of it."""
     text: str
     is_partial: bool = True
 
 
 @dataclass(frozen=True)
 class ToolUse(Event):
+    """A tool is called."""
     tool_id: str
     tool_name: str
     input: Any
@@ -1396,6 +1424,7 @@ class ToolUse(Event):
 
 @dataclass(frozen=True)
 class ToolResult(Event):
+    """What a tool has answered."""
     tool_id: str
     tool_name: str
     output: str
@@ -1410,6 +1439,7 @@ class TokenUsage(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
+    """The run goes on: what is waited for."""
     stage: str
     message: str
 
@@ -1530,9 +1560,13 @@ def child_environ(config: Config, name: str, **more: str) -> Dict[str, str]:
     """The server's environment, less clinvk's own, less what would make a CLI call us back; plus the backend's."""
     def passes(variable: str, value: str) -> bool:
         loops = variable.endswith("_BASE_URL") and is_own_url(value, config)
-        return not (variable.startswith("CLINVK_") or variable in NOT_INHERITED or value in config.keys or loops)
+        tells_a_key = value in config.keys or any(key in value for key in config.keys if len(key) >= LONG)
+        return not (variable.startswith("CLINVK_") or variable in NOT_INHERITED or tells_a_key or loops)
     inherited = {variable: value for variable, value in config.environ.items() if passes(variable, value)}
     return {**inherited, **more, **config.backends[name].env}
+
+
+LONG = 8  # characters from which on a key is not found in a text by chance
 
 
 def is_own_url(url: str, config: Config) -> bool:
@@ -1711,14 +1745,16 @@ def without_secret_values(argv: Sequence[str]) -> List[str]:
     return shown
 
 
-SECRET = re.compile("key|secret|password|token(?!s)|authorization", re.IGNORECASE)
+SECRET = re.compile("key|secret|passw|passphrase|credential|token(?!s)|authorization|(^|_)pat$", re.IGNORECASE)
+SECRET_VALUE = re.compile(r"://[^/@\s]*:[^/@\s]+@|\b(bearer|basic) ", re.IGNORECASE)
 
 
 def secrets_in(config: Config) -> List[str]:
     """The keys of the config file that seem to hold a secret."""
     found = []
     for name, backend in config.backends.items():
-        found += [f"backends.{name}.env.{variable}" for variable in backend.env if SECRET.search(variable)]
+        found += [f"backends.{name}.env.{variable}" for variable, value in backend.env.items()
+                  if SECRET.search(variable) or SECRET_VALUE.search(value)]
         for key, words in (("command", command_of(name, config)), ("extra_flags", [name, *backend.extra_flags])):
             if without_secret_values(words) != words:
                 found.append(f"backends.{name}.{key}")
@@ -4316,21 +4352,23 @@ def in_turn(count: int, start: StartTask, whole: Stop, *, stop_on_failure: bool)
 
 # ==== Answers =====================================================================================
 # In: nothing. Out: the shapes of what clients are answered. Renderers and routes make them, /openapi.json tells them.
+# Python 3.9 has no NotRequired: what is always there stands in a base class of what may be left out.
 
 Timestamp = Annotated[str, "RFC 3339, UTC", {"format": "date-time"}]
 Ms = Annotated[int, "milliseconds"]
+ExitCode = Annotated[int, "0: success; -1: clinvk ended the run"]
 
 
 # ---- /api/v1 and meta
 
-class Ended(TypedDict):
+class PromptAnswerBase(TypedDict):
     backend: str
-    exit_code: Annotated[int, "0: success; -1: clinvk ended the run"]
+    exit_code: ExitCode
     duration_ms: Ms
     output: Annotated[str, "the final answer, or what there was of it"]
 
 
-class PromptAnswer(Ended, total=False):
+class PromptAnswer(PromptAnswerBase, total=False):
     """How a run ended. What does not apply is left out."""
     session_id: Annotated[str, "continue the conversation with it; absent if nothing is stored"]
     model: str
@@ -4355,14 +4393,14 @@ class StepAnswer(PromptAnswer):
     name: str
 
 
-class ChainEnded(TypedDict):
+class ChainAnswerBase(TypedDict):
     total_steps: int
     completed_steps: int
     total_duration_ms: Ms
     results: List[StepAnswer]
 
 
-class ChainAnswer(ChainEnded, total=False):
+class ChainAnswer(ChainAnswerBase, total=False):
     """How the steps of a chain ended."""
     failed_step: Annotated[int, "the first that failed, from 1; absent if none has"]
 
@@ -4391,7 +4429,7 @@ class ErrorContent(TypedDict):
 
 class DoneContent(TypedDict):
     """How the run ended."""
-    exit_code: Annotated[int, "0: success; -1: clinvk ended the run"]
+    exit_code: ExitCode
     duration_ms: Ms
     output: Annotated[str, "the final answer: the text of all `message` events since it began"]
     token_usage: Optional[TokenCounts]
@@ -4399,14 +4437,14 @@ class DoneContent(TypedDict):
     turn_count: Optional[int]
 
 
-class EventLineHead(TypedDict):
+class EventLineBase(TypedDict):
     backend: str
     session_id: Annotated[str, "empty if nothing is stored"]
     timestamp: Timestamp
     sequence: Annotated[int, "from 1, without gaps"]
 
 
-class EventLine(EventLineHead, total=False):
+class EventLine(EventLineBase, total=False):
     """One line of a stream: a step of a run."""
     task: Annotated[int, "in a fan-out: the run's index, from 0"]
 
@@ -4460,12 +4498,12 @@ class SessionList(TypedDict):
     offset: int
 
 
-class SessionGone(TypedDict):
+class SessionDeletedBase(TypedDict):
     deleted: Literal[True]
     id: str
 
 
-class SessionDeleted(SessionGone, total=False):
+class SessionDeleted(SessionDeletedBase, total=False):
     """A session is gone."""
     warning: Annotated[str, "what its CLI has kept of it, and why"]
 
@@ -4502,22 +4540,22 @@ class Health(TypedDict):
     runs: RunsState
 
 
-class Fault(TypedDict):
+class FieldError(TypedDict):
     """What is wrong with one field."""
     location: Annotated[str, "such as body.tasks[3].backend"]
     message: str
     value: Annotated[Union[None, str, int, float, bool], "what was sent, if that is short"]
 
 
-class NativeErrorHead(TypedDict):
+class NativeErrorBase(TypedDict):
     type: Literal["about:blank"]
     title: str
     status: int
     detail: Annotated[str, "what was wrong, and what to do"]
-    errors: List[Fault]
+    errors: List[FieldError]
 
 
-class NativeError(NativeErrorHead, total=False):
+class NativeError(NativeErrorBase, total=False):
     """Why there is no answer (RFC 9457)."""
     error: Literal["unauthorized", "too_many_requests"]
     message: str
@@ -4556,13 +4594,13 @@ class OpenAIUsage(TypedDict):
     completion_tokens_details: ReasoningTokens
 
 
-class ChatAnswerHead(TypedDict):
+class ChatAnswerBase(TypedDict):
     role: Literal["assistant"]
     content: Optional[str]
     refusal: Optional[str]
 
 
-class ChatAnswer(ChatAnswerHead, total=False):
+class ChatAnswer(ChatAnswerBase, total=False):
     """What the CLI answered."""
     reasoning_content: Annotated[str, "its thinking"]
 
@@ -4575,14 +4613,14 @@ class ChatChoice(TypedDict):
     logprobs: None
 
 
-class ChatCompletionHead(TypedDict):
+class ChatCompletionBase(TypedDict):
     id: str
     created: Annotated[int, "seconds since 1970"]
     model: Annotated[str, "as the request names it"]
     system_fingerprint: str
 
 
-class ChatCompletion(ChatCompletionHead):
+class ChatCompletion(ChatCompletionBase):
     """A chat completion."""
     object: Literal["chat.completion"]
     choices: List[ChatChoice]
@@ -4604,12 +4642,12 @@ class ChatChunkChoice(TypedDict):
     logprobs: None
 
 
-class ChatChunkBody(ChatCompletionHead):
+class ChatCompletionChunkBase(ChatCompletionBase):
     object: Literal["chat.completion.chunk"]
     choices: List[ChatChunkChoice]
 
 
-class ChatCompletionChunk(ChatChunkBody, total=False):
+class ChatCompletionChunk(ChatCompletionChunkBase, total=False):
     """The data of one event. `data: [DONE]` is the last; a line that begins with a colon only keeps the connection."""
     usage: Annotated[Optional[OpenAIUsage], "with stream_options.include_usage: in the last chunk, that has no choices"]
 
@@ -4839,14 +4877,14 @@ class Renderer:
 
     @classmethod
     def error(cls, error: ClinvkError, request_id: str) -> Any:
-        """The body that tells of it, an `error_answer`."""
+        """The body of the error, in the shape `error_answer`."""
         raise NotImplementedError
 
     @classmethod
     def error_headers(cls, error: ClinvkError) -> Dict[str, str]:
         headers = {"x-should-retry": "false"} if error.prompted else {}
         if error.retry_after is not None:
-            headers["Retry-After"] = str(max(1, round(error.retry_after)))
+            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
         if isinstance(error, MethodNotAllowed):
             headers["Allow"] = error.allow
         if isinstance(error, Unauthorized):
@@ -5655,8 +5693,8 @@ def process_metrics(began: float) -> Iterator[str]:
         yield gauge("process_open_fds", "File descriptors that it has open.", len(os.listdir("/dev/fd")) - 1)
     with contextlib.suppress(OSError):
         virtual, resident = Path("/proc/self/statm").read_text().split()[:2]
-        yield gauge("process_virtual_memory_bytes", "Virtual memory.", int(virtual) * resource.getpagesize())
-        yield gauge("process_resident_memory_bytes", "Memory in RAM.", int(resident) * resource.getpagesize())
+        yield gauge("process_virtual_memory_bytes", "Virtual memory.", int(virtual) * mmap.PAGESIZE)
+        yield gauge("process_resident_memory_bytes", "Memory in RAM.", int(resident) * mmap.PAGESIZE)
 
 
 # ==== Server ======================================================================================
@@ -5690,6 +5728,7 @@ class Server:
         self.versions = {name: __version__ for name in config.backends if issubclass(kind_of(name), InProcess)}
         self.store = Store(config)
         self.rate_limit = RateLimit()
+        self.document = b""  # OpenAPI, once it has been asked for
         self.metrics = Metrics([name for name in config.names() if config.backends[name].enabled])
         self.forgetting = threading.Lock()  # one CLI at a time is told to
 
@@ -5913,15 +5952,15 @@ class Route(NamedTuple):
     patterns: Tuple[str, ...]
     function: Callable[[Server, Call], Answer]
     answer: Any  # the shape of its JSON, or the content type of what is none; None: not to be told of
-    body: Optional[type]  # the model of its request
-    where: str  # what the path of a faulty field begins with
-    query: Optional[type]  # the model of its query; one that no route asks for means nothing: SDKs add some
-    events: Any  # the shape of each event, if it can be told to stream
-    errors: Tuple[Type[ClinvkError], ...]  # besides those of every route
-    headers: Tuple[str, ...]  # that its answer may have, of HEADERS
-    example: Optional[Json]  # a request
-    statuses: Tuple[int, ...]  # that its answer may have
-    only_if: str  # the setting of the server's without which it is not there; "": none
+    body: Optional[type] = None  # the model of its request
+    where: str = ""  # what the path of a faulty field begins with
+    query: Optional[type] = None  # the model of its query; one that no route asks for means nothing: SDKs add some
+    events: Any = None  # the shape of each event, if it can be told to stream
+    errors: Tuple[Type[ClinvkError], ...] = ()  # besides those of every route
+    headers: Tuple[str, ...] = ()  # that its answer may have, of HEADERS
+    example: Optional[Json] = None  # a request
+    statuses: Tuple[int, ...] = (200,)  # that its answer may have
+    only_if: str = ""  # the setting of the server's without which it is not there
 
     @property
     def path(self) -> str:
@@ -5933,14 +5972,10 @@ ROUTES: List[Route] = []
 Endpoint = Callable[[Server, Call], Answer]
 
 
-def route(method: str, *patterns: str, answer: Any, body: Optional[type] = None, where: str = "",
-          query: Optional[type] = None, events: Any = None, errors: Tuple[Type[ClinvkError], ...] = (),
-          headers: Tuple[str, ...] = (), example: Optional[Json] = None,
-          statuses: Tuple[int, ...] = (200,), only_if: str = "") -> Callable[[Endpoint], Endpoint]:
-    """Register an endpoint."""
+def route(method: str, *patterns: str, answer: Any, **fields: Any) -> Callable[[Endpoint], Endpoint]:
+    """Register an endpoint; `fields` are further ones of its Route."""
     def add(function: Endpoint) -> Endpoint:
-        ROUTES.append(Route(method, patterns, function, answer, body, where, query, events, errors, headers, example,
-                            statuses, only_if))
+        ROUTES.append(Route(method, patterns, function, answer, **fields))
         return function
     return add
 
@@ -6210,7 +6245,7 @@ def backends(server: Server, call: Call) -> Answer:
 @dataclass(frozen=True)
 class SessionsQuery:
     """What GET /api/v1/sessions can be asked."""
-    backend: str = param("", doc="Only those of this backend.")
+    backend: str = param("", names_backend=True, doc="Only those of this backend.")
     status: str = param("", choices=STATUSES, doc="Only those whose last turn has this status.")
     limit: int = param(100, minimum=1, maximum=1000, doc="How many.")
     offset: int = param(0, minimum=0, maximum=10**9, doc="How many to leave out before.")
@@ -6384,7 +6419,8 @@ def ways_in() -> Dict[str, List[str]]:
 class Schemas:
     """JSON Schema of models, which check requests, and of answers; each once, under its name."""
 
-    def __init__(self) -> None:
+    def __init__(self, backends: Sequence[str]) -> None:
+        self.backends = list(backends)  # that can be asked for
         self.named: Dict[str, Json] = {}
 
     def of(self, kind: Any, rules: Mapping[str, Any]) -> Json:
@@ -6400,9 +6436,12 @@ class Schemas:
             return {"type": JSON_NAMES[type(inner[0])], "enum": list(inner)}
         if origin is list:
             bounds = {"minItems": 1 if rules.get("not_empty") else None, "maxItems": rules.get("longest")}
-            return {"type": "array", "items": self.of(inner[0], within), **said(bounds), **rules.get("shape", {})}
+            return {"type": "array", "items": self.of(inner[0], within), **without_empty(bounds),
+                    **rules.get("shape", {})}
         if origin is dict:
             return {"type": "object", "additionalProperties": self.of(inner[1], within), **rules.get("shape", {})}
+        if rules.get("names_backend") and self.backends:
+            return {"type": "string", "enum": self.backends}
         if kind in JSON_NAMES:
             return {"type": JSON_NAMES[kind], **scalar_rules(kind, rules), **rules.get("shape", {})}
         return dict(rules.get("shape", {})) if kind is Any else self.reference(kind)
@@ -6430,14 +6469,14 @@ class Schemas:
             hints = get_type_hints(kind, include_extras=True)
             shown = {"properties": {name: self.of(hint, {}) for name, hint in hints.items()},
                      "required": [name for name in hints if name in getattr(kind, "__required_keys__", hints)]}
-        about = said({"description": inspect.cleandoc(kind.__doc__ or "")})
+        about = without_empty({"description": inspect.cleandoc(kind.__doc__ or "")})
         return {"type": "object", **about, **shown}
 
     def field(self, field: WireField) -> Json:
         """Of a field of a model: null means that it is not there."""
         schema = self.of(field.kind, field.rules)
         default = field.default if type(field.default) in JSON_NAMES and field.default != "" else None
-        about = said({"description": field.rules["doc"], "default": default})
+        about = without_empty({"description": field.rules["doc"], "default": default})
         return {**(schema if field.required else or_null(schema)), **about}
 
     def event(self, entry: Route) -> Json:
@@ -6468,7 +6507,7 @@ def with_fields(schema: Json, **fields: Json) -> Json:
 JSON_NAMES: Dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 
 
-def said(schema: Json) -> Json:
+def without_empty(schema: Json) -> Json:
     """Without what says nothing."""
     return {name: value for name, value in schema.items() if value not in (None, "", ())}
 
@@ -6476,8 +6515,10 @@ def said(schema: Json) -> Json:
 def or_null(schema: Json) -> Json:
     if "$ref" in schema or "anyOf" in schema or not schema:
         return {"anyOf": [*schema.get("anyOf", [schema]), {"type": "null"}]} if schema else {}
-    nullable = {**schema, "type": [schema["type"], "null"]} if "type" in schema else schema
-    return {**nullable, "enum": [*schema["enum"], None]} if "enum" in schema else nullable
+    nullable = {**schema, "type": [schema["type"], "null"]} if "type" in schema else dict(schema)
+    if "enum" in schema and None not in schema["enum"]:
+        nullable["enum"] = [*schema["enum"], None]
+    return nullable
 
 
 def scalar_rules(kind: Any, rules: Mapping[str, Any]) -> Json:
@@ -6486,46 +6527,40 @@ def scalar_rules(kind: Any, rules: Mapping[str, Any]) -> Json:
         return {}
     if rules["choices"]:
         return {"enum": list(rules["choices"])}
-    begins = "(?!-)" if rules["flag_value"] else "/" if rules["directory"] else ""
+    begins = "(?!-)" if rules["flag_value"] else "/" if rules["directory"] and os.name != "nt" else ""
     pattern = NOT_BLANK if rules["not_blank"] else "" if rules["free_text"] else f"^{begins}[^\\x00]*$"
     text = {"pattern": pattern, "minLength": 1 if rules["not_empty"] else None,
             "format": "directory" if rules["directory"] else None} if kind is str else {}
-    return said({**text, "minimum": rules["minimum"], "maximum": rules["maximum"], "exclusiveMinimum": rules["above"]})
+    return without_empty({**text, "minimum": rules["minimum"], "maximum": rules["maximum"],
+                          "exclusiveMinimum": rules["above"]})
 
 
 HEADERS = {
     "X-Request-Id": "The request's own, if it has one of 1 to 128 letters, digits, '.', '_' or '-', else a new one.",
+    "request-id": "The same.",
+    "x-should-retry": "`false`: the CLI has been asked already, so that SDKs must not repeat the request.",
     "X-Clinvk-Backend": "The backend that answers.",
     "X-Clinvk-Ignored": "Fields of the request that are without effect.",
     "X-Clinvk-Estimate": "`true`: the count is an estimate.",
     "Retry-After": "Seconds after which to try again.",
     "WWW-Authenticate": "Bearer: send a key."}
-EVERYWHERE = (BadRequest, Forbidden, HeadTooLarge, RateLimited, TooSlow, ClinvkError)  # errors of every route
+OF_ALL = ("X-Request-Id", "request-id")
+EVERYWHERE = (BadRequest, Forbidden, HeadTooLarge, RateLimited, TooSlow, Defect)  # errors of every route
 WITH_A_BODY = (WrongType, TooLarge)
 
 
 def openapi(config: Config) -> Json:
     """The document: what this server, with this config, takes and answers."""
-    schemas = Schemas()
+    schemas = Schemas([name for name in config.names() if config.backends[name].enabled])
     paths: Dict[str, Json] = {}
     for entry in (entry for entry in offered(config) if entry.answer is not None):
         paths.setdefault(entry.path, {})[entry.method.lower()] = operation(entry, schemas, config)
-    name_backends(schemas.named, [name for name in config.names() if config.backends[name].enabled])
-    for query in paths["/api/v1/sessions"]["get"]["parameters"]:
-        query["schema"].update({"enum": config.names()} if query["name"] == "backend" else {})
     keys = {"key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
             "bearer": {"type": "http", "scheme": "bearer"}}
     about = "The AI CLIs of this machine behind one HTTP server, in three API styles. Null means: this field is absent."
     return {"openapi": "3.1.0", "info": {"title": "clinvk", "version": __version__, "description": about},
             "servers": [{"url": "/"}], "paths": paths,
             "components": {"schemas": schemas.named, **({"securitySchemes": keys} if config.keys else {})}}
-
-
-def name_backends(named: Dict[str, Json], names: List[str]) -> None:
-    """Say which backends there are."""
-    for model in (PromptRequest, Task, ChainStep):
-        named[model.__name__]["properties"]["backend"]["enum"] = names
-    named[CompareRequest.__name__]["properties"]["backends"]["items"]["enum"] = names
 
 
 def operation(entry: Route, schemas: Schemas, config: Config) -> Json:
@@ -6536,7 +6571,7 @@ def operation(entry: Route, schemas: Schemas, config: Config) -> Json:
     style = renderer_of(entry.path)
     shown: Json = {"operationId": entry.function.__name__, "summary": summary,
                    "tags": ["Server" if style is Native and "/api/" not in entry.path else style.name],
-                   **said({"description": " ".join(part for part in (more.strip(), also) if part)})}
+                   **without_empty({"description": " ".join(part for part in (more.strip(), also) if part)})}
     if entry.query or "{id}" in entry.path:
         shown["parameters"] = parameters(entry, schemas)
     if entry.body:
@@ -6552,10 +6587,17 @@ def operation(entry: Route, schemas: Schemas, config: Config) -> Json:
 def parameters(entry: Route, schemas: Schemas) -> List[Json]:
     """Those in the path and in the query."""
     in_path = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
-    in_query = [{"name": name, "in": "query", **said({"description": field.rules["doc"]}),
-                 "schema": schemas.of(field.kind, field.rules)}
+    in_query = [{"name": name, "in": "query", **without_empty({"description": field.rules["doc"]}),
+                 "schema": or_empty(schemas.of(field.kind, field.rules))}
                 for name, field in (wire_fields(entry.query) if entry.query else {}).items()]
     return [*(in_path if "{id}" in entry.path else []), *in_query]
+
+
+def or_empty(schema: Json) -> Json:
+    """Of a field of a query, which may stand there without a value."""
+    if "enum" in schema:
+        return {**schema, "enum": ["", *schema["enum"]]}
+    return {"anyOf": [schema, {"type": "string", "maxLength": 0}]} if schema["type"] != "string" else schema
 
 
 def responses_of(entry: Route, style: Type[Renderer], schemas: Schemas, *, guarded: bool) -> Json:
@@ -6570,7 +6612,7 @@ def responses_of(entry: Route, style: Type[Renderer], schemas: Schemas, *, guard
         {JSON_TYPE: {"schema": schemas.of(entry.answer, {})}}
     if entry.events:
         content[style.stream_type] = {"schema": schemas.event(entry)}
-    answer = {"description": "The answer.", "headers": headers("X-Request-Id", *entry.headers), "content": content}
+    answer = {"description": "The answer.", "headers": header_objects(*OF_ALL, *entry.headers), "content": content}
     return {**{str(status): answer for status in entry.statuses}, **shown}
 
 
@@ -6586,20 +6628,23 @@ LAST_OF_OPENAI = {"type": "object", "required": ["data"], "properties": {"data":
 def error_of(kinds: Sequence[Type[ClinvkError]], style: Type[Renderer], schemas: Schemas) -> Json:
     """What comes back with one status that is an error."""
     waits = {RateLimited, BackendUnavailable} & set(kinds)
-    told = [*(["Retry-After"] if waits else []), *(["WWW-Authenticate"] if Unauthorized in kinds else [])]
+    asked = {BackendFailed, TimedOut, BackendAuth, RateLimited, UnknownModel, StoreUnavailable} & set(kinds)
+    told = [*(["Retry-After"] if waits else []), *(["WWW-Authenticate"] if Unauthorized in kinds else []),
+            *(["x-should-retry"] if asked else [])]
     return {"description": " ".join(inspect.cleandoc(kind.__doc__ or "") for kind in kinds),
-            "headers": headers("X-Request-Id", *told),
+            "headers": header_objects(*OF_ALL, *told),
             "content": {style.error_type: {"schema": schemas.reference(style.error_answer)}}}
 
 
-def headers(*names: str) -> Json:
+def header_objects(*names: str) -> Json:
     return {name: {"description": HEADERS[name], "schema": {"type": "string"}} for name in names}
 
 
 @route("GET", "/openapi.json", answer=Dict[str, Any])
 def openapi_json(server: Server, call: Call) -> Answer:
     """This document."""
-    return json_answer(openapi(server.config))
+    server.document = server.document or to_json(openapi(server.config))
+    return Answer([server.document])
 
 
 # ---- /docs
@@ -6720,7 +6765,7 @@ def answer_or_error(server: Server, router: bottle.Router, head: Head, request_i
         known = BadRequest("the body is nested too deep")
     except Exception:
         LOG.error("request %s: a defect of clinvk\n%s", request_id, traceback.format_exc())
-        known = ClinvkError(f"clinvk has a defect; its log tells more under the request id {request_id}")
+        known = Defect(f"clinvk has a defect; its log tells more under the request id {request_id}")
     return error_answer(known, head, request_id)
 
 
@@ -6798,7 +6843,9 @@ def too_large(limit: int) -> str:
     return f"the body is larger than {limit} bytes; send less, or raise server.max_request_body_bytes"
 
 
-LONGEST_LOGGED = 500  # characters of a path
+# ---- The log line of a request, and its metrics
+
+LONGEST_LOGGED = 500  # characters
 METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 
 
@@ -6808,12 +6855,17 @@ def request_ended(server: Server, head: Head, status: int, request_id: str, bega
     seconds = time.monotonic() - began
     method = head.method if head.method in METHODS else "other"
     server.metrics.request_ended(method, pattern_of(routed_path(head)), status, seconds)
-    keys = sorted(server.config.keys, key=len, reverse=True)  # one may begin with another
-    path = functools.reduce(lambda path, key: path.replace(key, "<key>"), keys, head.path)
-    path = path[:LONGEST_LOGGED].encode("unicode_escape").decode().replace(" ", "\\x20")
+    shown = [loggable(text, server.config.keys) for text in (head.method, head.path, request_id)]
     runs = [[one for one in ran if one.backend == name] for name in dict.fromkeys(one.backend for one in ran)]
-    LOG.info("%s %s %s %d %.0f ms %s%s", client_address(server.config, head) or "-", head.method, path, status,
-             1000 * seconds, request_id, "".join(map(told_of, runs)))
+    LOG.info("%s %s %s %d %.0f ms %s%s", client_address(server.config, head) or "-", *shown[:2], status,
+             1000 * seconds, shown[2], "".join(map(told_of, runs)))
+
+
+def loggable(text: str, keys: Iterable[str]) -> str:
+    """As one word of a log line, without the keys that a client may have put there."""
+    for key in sorted(keys, key=len, reverse=True):  # one may begin with another
+        text = text.replace(key, "<key>")
+    return text[:LONGEST_LOGGED].encode("unicode_escape").decode().replace(" ", "\\x20")
 
 
 def told_of(runs: Sequence[Ran]) -> str:
@@ -6849,7 +6901,7 @@ def pattern_of(path: str) -> str:
         return "unmatched"
 
 
-# ---- Connections: what waitress leaves open
+# ---- Connections: what waitress does not do
 
 class PatientTask(waitress.task.WSGITask):
     """Waits for a client that reads a stream slowly, but no longer than its run may take: waitress would wait for ever.
@@ -6911,13 +6963,13 @@ def early_error(fault: Any, adj: Any) -> ClinvkError:
         return BadRequest("no Transfer-Encoding but chunked is taken: send the body in chunks, or with a "
                           "Content-Length")
     if fault.code == 500:
-        return ClinvkError("clinvk could not answer; its log tells more")
+        return Defect("clinvk could not answer; its log tells more")
     what, _, _ = fault.body.partition(' "')  # then comes the line itself, in which there may be a key
     return BadRequest(f"{fault.reason}: {what}")
 
 
 class Parser(waitress.parser.HTTPRequestParser):
-    """Refuses also what waitress falls over, and what it takes though nobody can say where such a body ends."""
+    """Refuses also what makes waitress raise, and what it takes though nobody can say where such a body ends."""
     completed: bool
     error: Any  # one of waitress's, or a ClinvkError
 
@@ -6925,7 +6977,7 @@ class Parser(waitress.parser.HTTPRequestParser):
         try:
             super().parse_header(head)
         except ValueError:
-            raise waitress.parser.ParsingError("no such URL or Content-Length can be read") from None
+            raise waitress.parser.ParsingError("the URL, or the Content-Length, can not be read") from None
         if self.chunked and "CONTENT_LENGTH" in self.headers:
             raise waitress.parser.ParsingError("send either Content-Length or Transfer-Encoding, not both")
         if "TRANSFER_ENCODING" in self.headers:  # waitress has looked at it in HTTP/1.1 only
@@ -7264,8 +7316,18 @@ def main(argv: List[str]) -> int:
     return 0
 
 
+INSIDE = ("bottle", "waitress", "PyYAML", "drf-spectacular-sidecar")  # the last: Swagger UI, in the .pyz only
+
+
+def is_inside(name: str) -> bool:
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
+
+
 def version() -> int:
-    parts = ", ".join(f"{name} {metadata.version(name)}" for name in ("bottle", "waitress", "PyYAML"))
+    parts = ", ".join(f"{name} {metadata.version(name)}" for name in INSIDE if is_inside(name))
     print(f"clinvk {__version__} (Python {platform.python_version()}; {parts})")
     return 0
 
@@ -7293,7 +7355,7 @@ def serve(options: argparse.Namespace) -> int:
     except (OSError, ValueError, RuntimeError) as error:  # the last: no more threads
         return refused(f"can not listen on {config.server.host}:{config.server.port}: "
                        f"{getattr(error, 'strerror', None) or error}. Choose another with --host or --port")
-    server.bound(address_of(listening)[1])
+    server.bound(addresses_of(listening)[0][1])
     return run_server(server, listening)
 
 
@@ -7325,30 +7387,30 @@ def refused(message: str) -> int:
     return 1
 
 
-def address_of(listening: Any) -> Tuple[str, int]:
-    """Host and port; the first, if a name such as localhost has several."""
-    several: List[Tuple[str, int]] = getattr(listening, "effective_listen", [])
-    return several[0] if several else (listening.effective_host, listening.effective_port)
+def addresses_of(listening: Any) -> List[Tuple[str, int]]:
+    """Host and port; a name such as localhost may have several."""
+    return getattr(listening, "effective_listen", None) or [(listening.effective_host, listening.effective_port)]
 
 
 def announce(config: Config, listening: Any) -> None:
-    host, port = address_of(listening)
+    host, port = addresses_of(listening)[0]
     shown = f"[{host}]" if ":" in host else host
     print(f"clinvk API server starting on http://{shown}:{port}\n\nAvailable endpoints:")
     for kind, paths in ways_in().items():
         print(f"  {kind + ':':<15} {', '.join(paths)}")
     print("\nPress Ctrl+C to stop", flush=True)
-    for warning in warnings_of(config, host):
+    for warning in warnings_of(config, [host for host, _ in addresses_of(listening)]):
         print(f"clinvk: warning: {warning}", file=sys.stderr, flush=True)
 
 
-def warnings_of(config: Config, host: str) -> Iterator[str]:
-    """What is allowed, but may not be meant; `host` is the address that is listened on."""
+def warnings_of(config: Config, hosts: Iterable[str]) -> Iterator[str]:
+    """What is allowed, but may not be meant; `hosts` are the addresses that are listened on."""
     if without_effect(config):
         yield f"without effect in clinvk {__version__} yet: {', '.join(without_effect(config))}"
-    if host not in ("127.0.0.1", "::1") and not config.keys:
-        yield (f"{host} can be reached from other machines, and there are no API keys: whoever reaches it could run "
-               "your CLIs. Other machines get 403 until server.allowed_hosts or CLINVK_API_KEYS is set.")
+    exposed = [host for host in hosts if not is_loopback(host)]
+    if exposed and not config.keys:
+        yield (f"{', '.join(exposed)} can be reached from other machines, and there are no API keys: whoever reaches it "
+               "could run your CLIs. Other machines get 403 until server.allowed_hosts or CLINVK_API_KEYS is set.")
     if "*" in config.server.cors_allowed_origins and not config.keys:
         yield ('server.cors_allowed_origins has "*", and there are no API keys: any web page that is open in a browser '
                "here could run your CLIs. Name the origins that may, or set CLINVK_API_KEYS.")

@@ -184,8 +184,9 @@ def test_ipv6_is_listened_on_and_shown_in_brackets(serve: Callable[..., Served])
     assert server.call("GET", "/health").status == 200
 
 
-@pytest.mark.parametrize("host, environ, warns", [("0.0.0.0", {}, True), ("127.0.0.1", {}, False),
-                                                  ("0.0.0.0", {"CLINVK_API_KEYS": "key"}, False)])
+@pytest.mark.parametrize("host, environ, warns", [
+    ("0.0.0.0", {}, True), ("127.0.0.1", {}, False), ("localhost", {}, False),
+    ("0.0.0.0", {"CLINVK_API_KEYS": "key"}, False)])
 def test_an_address_that_others_reach_is_warned_of_unless_there_are_keys(
         serve: Callable[..., Served], host: str, environ: Dict[str, str], warns: bool) -> None:
     server = serve("--host", host, **environ)
@@ -206,10 +207,12 @@ def test_pages_of_any_origin_are_warned_of_unless_there_are_keys(serve: Callable
     assert len(lines) == warns and all(word in line for line in lines for word in words)
 
 
-SECRETS = {"claude": {"env": {"ANTHROPIC_API_KEY": "s3cret", "LANG": "C"}},
+SECRETS = {"claude": {"env": {"ANTHROPIC_API_KEY": "s3cret", "LANG": "C", "HTTPS_PROXY": "http://me:s3cret@proxy",
+                              "ANTHROPIC_CUSTOM_HEADERS": "A: Bearer s3cret"}},
            "codex": {"extra_flags": ["-c", "x.token=s3cret"]},
            "own": {"command": ["cat", "--password", "s3cret"], "env": {"GH_TOKEN": "s3cret"}}}
-NAMES = ("backends.claude.env.ANTHROPIC_API_KEY, backends.codex.extra_flags, backends.own.env.GH_TOKEN, "
+NAMES = ("backends.claude.env.ANTHROPIC_API_KEY, backends.claude.env.HTTPS_PROXY, "
+         "backends.claude.env.ANTHROPIC_CUSTOM_HEADERS, backends.codex.extra_flags, backends.own.env.GH_TOKEN, "
          "backends.own.command")
 PLAIN = {"claude": {"env": {"LANG": "C", "MAX_TOKENS": "5"}, "extra_flags": ["--effort", "high"]},
          "own": {"command": ["cat", "-"], "allowed_extra_flags": ["--api-key"]}}

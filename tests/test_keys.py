@@ -94,7 +94,7 @@ def stage(request: pytest.FixtureRequest, serve: Callable[..., Served], fake_cli
                 "codex": {"command": fake_cli(JSON_RPC, "codex")}, "gemini": {"command": fake_cli(JSON_RPC, "gemini")}}
     around = {"environment": {"CLINVK_API_KEYS": ", ".join(RIGHT)}, "gopass": {"CLINVK_API_KEYS_GOPASS_PATH": "a/b"}}
     server = serve(config={"backends": backends}, PATH=f"{tmp_path}:{os.environ['PATH']}", OPENAI_API_KEY=RIGHT[1],
-                   **around[request.param])
+                   ALL_OF_THEM=",".join(RIGHT), SOME_URL=f"http://me:{RIGHT[0]}@host/", **around[request.param])
     yield Stage(server, tmp_path, [])
     (tmp_path / "go").touch()
 
@@ -160,6 +160,8 @@ def test_no_key_in_an_odd_place_is_told_or_logged(stage: Stage, key: str) -> Non
             for body in (chat, {"api_key": key}, f'{{"api_key": "{key}"'.encode(), f'{{"{key}'.encode(), key.encode()):
                 stage.call("POST", path, body, **sent)
         stage.call("GET", f"/api/v1/sessions?limit=x&key={key}", **sent)
+        if key in RIGHT:  # the server knows no other; its answer tells them to who sent them
+            stage.server.call("GET", f"/{key}/x", X_Request_Id=key, **sent)
         stage.call("GET", "/api/v1/backends", Cookie=f"key={key}", User_Agent=key, Referer=f"http://x/{key}", **sent)
     lines = ("GET /v1/models HTTP/1.1", "POST /anthropic/v1/messages HTTP/1.1", "GET /api/v1/prompt HTTP/1.0")
     for header in (f"X-Api-Key : {key}", f"X-Api-Key {key}", f"X-Api-Key: {key}\nX: y", f"X-Api-Key: {key}\rX: y",

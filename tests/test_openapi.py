@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import clinvk
 import pytest
-from conftest import Client, Reply, Served
+from conftest import Client, Reply, Served, serving
 
 needs_311 = pytest.mark.skipif(sys.version_info < (3, 11), reason="its tools are pinned to releases for 3.11 and later")
 ECHO_ALONE: Dict[str, Any] = {"default_backend": "echo", "server": {"metrics_enabled": True}, "backends": {
@@ -51,7 +52,7 @@ def test_every_route_is_told_of_but_those_that_answer_nothing_yet(client: Client
 @pytest.mark.parametrize("model", [
     clinvk.PromptRequest, clinvk.ParallelRequest, clinvk.ChainRequest, clinvk.CompareRequest, clinvk.ChatRequest,
     clinvk.MessagesRequest, clinvk.CountRequest])
-def test_every_field_that_is_checked_is_told_of_with_its_rules(client: Client, model: Any) -> None:
+def test_every_field_that_is_checked_is_told_of(client: Client, model: Any) -> None:
     told = document(client)["components"]["schemas"][model.__name__]
     fields = clinvk.wire_fields(model)
     assert set(told["properties"]) == set(fields)
@@ -83,11 +84,33 @@ def test_backends_are_named_that_can_be_asked_for(make_client: Callable[..., Cli
 
 
 def test_a_key_is_asked_for_where_one_is_needed(make_client: Callable[..., Client]) -> None:
-    assert not [name for name, told in operations(make_client()).items() if "security" in told or "401" in told]
+    told = operations(make_client())
+    assert not [name for name in told if "security" in told[name]]
+    assert {name for name in told if "401" in told[name]["responses"]} == {  # of the CLI's login
+        "POST /openai/v1/chat/completions", "POST /anthropic/v1/messages"}
     told = operations(make_client(CLINVK_API_KEYS="k"))
     assert {name for name in told if "security" not in told[name]} == {
         "GET /health", "GET /openapi.json", "GET /docs", *(name for name in told if name.endswith("/metrics"))}
     assert all("401" in told[name]["responses"] for name in told if "security" in told[name])
+
+
+def test_nothing_in_the_document_was_written_for_our_own_readers(client: Client) -> None:
+    told = document(client)
+    texts = re.findall(r'"(?:description|summary)": "((?:[^"\\\\]|\\\\.)*)"', json.dumps(told))
+    assert len(texts) > 300
+    assert not [text for text in texts if re.search(r"SPEC|BACKENDS|PROTOCOLS|waitress|\w+\(\w+: '", text)]
+    for name, schema in told["components"]["schemas"].items():
+        assert schema.get("description") or name.endswith(("Tokens", "Body", "Delta", "Event")), name
+    for model in ("Prompt", "Parallel", "Chain", "Compare", "Chat", "Messages", "Count"):
+        for field, schema in told["components"]["schemas"][model + "Request"]["properties"].items():
+            assert schema.get("description"), (model, field)
+
+
+def test_a_query_may_stand_there_without_a_value(client: Client) -> None:
+    assert client.call("GET", "/api/v1/sessions?status=&backend=&limit=&offset=").status == 200
+    for parameter in operations(client)["GET /api/v1/sessions"]["parameters"]:
+        assert "" in parameter["schema"].get("enum", []) or parameter["schema"]["anyOf"][1] == {
+            "type": "string", "maxLength": 0}
 
 
 # ---- The answers are as they are told
@@ -208,7 +231,7 @@ def test_schemathesis_finds_nothing_with_all_its_checks(serve: Callable[..., Ser
     server = serve(config=ECHO_ALONE)
     (tmp_path / "hooks.py").write_text(HOOKS)
     command = [Path(sys.executable).with_name("schemathesis"), "run", f"{server.url}/openapi.json", "--checks", "all",
-               "--max-examples", "20", "--seed", "1", "--continue-on-failure", "--no-color"]
+               "--max-examples", "5", "--seed", "1", "--continue-on-failure", "--no-color"]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks"}, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -217,14 +240,19 @@ def test_schemathesis_finds_nothing_with_all_its_checks(serve: Callable[..., Ser
 
 # ---- /docs
 
+@pytest.fixture(scope="module")
+def keyed(pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(pyz, tmp_path_factory.mktemp("keyed")) as start:
+        yield start(CLINVK_API_KEYS="k")
+
+
 @pytest.mark.parametrize("path, kind, begins", [
     ("/docs", "text/html", b"<!DOCTYPE html>"), ("/docs/", "text/html", b"<!DOCTYPE html>"),
     ("/docs/start.js", "text/javascript", b"SwaggerUIBundle("), ("/docs/swagger-ui.css", "text/css", b"."),
     ("/docs/swagger-ui-bundle.js", "text/javascript", b"/*! For license"),
     ("/docs/favicon-32x32.png", "image/png", b"\x89PNG")])
-def test_the_page_and_its_files_come_from_inside_the_pyz(
-        serve: Callable[..., Served], path: str, kind: str, begins: bytes) -> None:
-    reply = serve(CLINVK_API_KEYS="k").call("GET", path)
+def test_the_page_and_its_files_come_from_inside_the_pyz(keyed: Served, path: str, kind: str, begins: bytes) -> None:
+    reply = keyed.call("GET", path)
     assert reply.status == 200 and reply.body.startswith(begins)
     assert reply.headers["content-type"].startswith(kind)
     assert "default-src 'none'" in reply.headers["content-security-policy"]
@@ -233,8 +261,8 @@ def test_the_page_and_its_files_come_from_inside_the_pyz(
 
 
 @pytest.mark.parametrize("name", ["index.html", "LICENSE", "..%2Fclinvk.py", "swagger-ui.css%00", "start.js/x"])
-def test_no_other_file_can_be_had(serve: Callable[..., Served], name: str) -> None:
-    reply = serve().call("GET", f"/docs/{name}")
+def test_no_other_file_can_be_had(keyed: Served, name: str) -> None:
+    reply = keyed.call("GET", f"/docs/{name}")
     assert (reply.status, reply.headers["content-type"]) == (404, "application/problem+json")
 
 

@@ -339,8 +339,8 @@ FOUND = {"type": "search_result", "title": "Book 1", "source": "https://a.exampl
     (says("user", [{**RESULT, "content": None, "is_error": True}]),
      Turn("user", [Piece("", "tool_result", (("id", "t1"), ("error", "true")))])),
     (says("user", [DOCUMENT]), Turn("user", [Piece("d </turn>", "document", (("title", "Book 1"),))])),
-    (says("user", [{"type": "document", "source": {"type": "content", "content": [text_part("d")]}}]),
-     Turn("user", [Piece("d", "document")])),
+    (says("user", [{"type": "document", "source": {"type": "content", "content": [text_part("d")]}, "context": "c"}]),
+     Turn("user", [Piece("d", "document", (("context", "c"),))])),
     (says("system", "be brief"), Turn("system", [Piece("be brief")]))])
 def test_nothing_of_an_anthropic_message_is_lost_in_the_transcript(
         config: clinvk.Config, message: Any, turn: Turn) -> None:
