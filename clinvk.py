@@ -7409,8 +7409,8 @@ def warnings_of(config: Config, hosts: Iterable[str]) -> Iterator[str]:
         yield f"without effect in clinvk {__version__} yet: {', '.join(without_effect(config))}"
     exposed = [host for host in hosts if not is_loopback(host)]
     if exposed and not config.keys:
-        yield (f"{', '.join(exposed)} can be reached from other machines, and there are no API keys: whoever reaches it "
-               "could run your CLIs. Other machines get 403 until server.allowed_hosts or CLINVK_API_KEYS is set.")
+        yield (f"{', '.join(exposed)} can be reached from other machines, and there are no API keys: whoever reaches "
+               "it could run your CLIs. Other machines get 403 until server.allowed_hosts or CLINVK_API_KEYS is set.")
     if "*" in config.server.cors_allowed_origins and not config.keys:
         yield ('server.cors_allowed_origins has "*", and there are no API keys: any web page that is open in a browser '
                "here could run your CLIs. Name the origins that may, or set CLINVK_API_KEYS.")
