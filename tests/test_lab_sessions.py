@@ -219,8 +219,8 @@ def test_a_session_whose_first_turn_was_cut_off_can_be_gone_on_with(cli: Cli, se
     assert talk.session["status"] == "completed"
 
 
-def test_six_conversations_at_once_in_one_directory_stay_apart(cli: Cli) -> None:
-    talks = [Talk(cli) for _ in range(6)]
+def test_conversations_at_once_in_one_directory_stay_apart(cli: Cli) -> None:
+    talks = [Talk(cli) for _ in range(4)]
     at_once([functools.partial(talk.say, f"first of {n}") for n, talk in enumerate(talks)])
     at_once([functools.partial(talk.say, "!history") for talk in talks])
     cli.lab.forget()
