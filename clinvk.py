@@ -1256,6 +1256,13 @@ class ThinkingParam(Open):
 
 
 @dataclass(frozen=True)
+class ToolChoiceParam(Open):
+    """Whether the client's tools may be called."""
+    type: str = param("auto", shape={"enum": ["auto", "none"]})
+    disable_parallel_tool_use: Any = param(None, doc=LENIENT)
+
+
+@dataclass(frozen=True)
 class OutputConfigParam(Open):
     """How hard the CLI is to try, where it can."""
     effort: str = param("")
@@ -1282,8 +1289,7 @@ class MessagesRequest(Compat):
     metadata: Any = param(None, doc=LENIENT)
     thinking: Optional[ThinkingParam] = param(None, doc="How much the CLI may think, where it can.")
     tools: List[Any] = param(list, doc="Not offered to the CLI in this version.")
-    tool_choice: Optional[Dict[str, Any]] = param(None, doc="What the client's tools are for.", shape={
-        "properties": {"type": {"enum": ["auto", "none", None]}}})
+    tool_choice: Optional[ToolChoiceParam] = param(None, doc="What the client's tools are for.")
     output_format: Any = param(None, shape={"enum": [None]}, doc="Text, in this version.")
     output_config: Optional[OutputConfigParam] = param(None, doc="How hard the CLI is to try, where it can.")
     clinvk: Optional[AgentOptions] = param(None, doc="How the chat runs.")
@@ -1295,7 +1301,7 @@ class MessagesRequest(Compat):
 
     @property
     def choice(self) -> str:
-        return str((self.tool_choice or {}).get("type") or "auto")
+        return self.tool_choice.type if self.tool_choice else "auto"
 
     def to_prompt(self, config: Config) -> PromptRequest:
         self.refuse_not_yet()
@@ -7021,6 +7027,7 @@ class Channel(waitress.channel.HTTPChannel):
         super().__init__(server, sock, addr, adj, map=map)
         self.moved_at = time.monotonic()  # when the client last took a byte, at first when it came
         self.begun_at = self.moved_at  # when the first byte came of a request that is half sent
+        self.came_in = server.turns
 
     def check_client_disconnected(self) -> bool:
         """A worker asks. The socket itself is looked at: waitress does not while further requests wait in it."""
@@ -7164,6 +7171,7 @@ class Listener(waitress.server.TcpWSGIServer):
     PAUSE_SECS = 0.5  # before the next try, if nobody can be let in
     ACCEPTS = 100  # at a time
     looks_at = accepts_at = told_at = 0.0
+    turns = 0  # of the loop
     kept_out = False  # whether somebody wants to come in and could not
     clinvk: Server
 
@@ -7171,6 +7179,7 @@ class Listener(waitress.server.TcpWSGIServer):
         """waitress asks this before each wait: what is closed here is not waited for any more, so that its number can
         not be taken for that of a connection accepted meanwhile."""
         now = time.monotonic()
+        self.turns += 1
         if now >= self.looks_at:
             self.looks_at = now + self.LOOK_SECS
             for channel in list(self.active_channels.values()):
@@ -7181,10 +7190,14 @@ class Listener(waitress.server.TcpWSGIServer):
         return self.accepting and now >= self.accepts_at
 
     def make_room(self, now: float) -> None:
-        """Close the connection that has waited for longest without a request being answered, whichever way it came."""
+        """Close the connection that has waited for longest without a request being answered, whichever way it came. Of
+        those that came in the last turn, nothing has been read yet."""
         channels = [each for each in self._map.values() if isinstance(each, Channel) and not each.is_answered]
+        read = [each for each in channels if each.came_in < each.server.turns - 1]
+        if read:
+            min(read, key=lambda channel: channel.waits_since).handle_close()
+        self.kept_out = bool(channels and not read)
         if channels:
-            min(channels, key=lambda channel: channel.waits_since).handle_close()
             return
         self.accepts_at = now + self.PAUSE_SECS
         if now - self.told_at > 60:

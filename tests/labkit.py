@@ -5,6 +5,7 @@ they neither call home nor wait for an answer. It needs no namespace, no root an
 
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -49,12 +50,14 @@ def installed(**versions: str) -> Path:
     wanted = {**PINNED, **versions}
     if wanted != PINNED:
         root /= "set-{claude}-{codex}-{gemini}".format(**wanted)
-    if not (root / "ready").exists():
-        root.mkdir(parents=True, exist_ok=True)
-        (root / "package.json").write_text("{}")
-        packages = [f"{PACKAGES[name]}@{version}" for name, version in wanted.items()]
-        subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--silent", *packages], cwd=root, check=True)
-        (root / "ready").touch()
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests in another process may be installing them
+        if not (root / "ready").exists():
+            (root / "package.json").write_text("{}")
+            packages = [f"{PACKAGES[name]}@{version}" for name, version in wanted.items()]
+            subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--silent", *packages], cwd=root, check=True)
+            (root / "ready").touch()
     return root / "node_modules" / ".bin"
 
 
