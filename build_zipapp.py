@@ -22,7 +22,7 @@ waitress==3.0.2  --hash=sha256:c56d67fd6e87c2ee598b76abdd4e96cfad1f24cacdea5078d
 PyYAML==6.0.3    --hash=sha256:0150219816b6a1fa26fb4699fb7daa9caf09eb1999f3b70fb6e786805e80375a
 drf-spectacular-sidecar==2026.10.1  --hash=sha256:fe1d005d8ac9b5d0472f2fe5deeb2e7d6dcffaa24118044f22578b4b8c4b31f2
 """
-SWAGGER_UI = "drf_spectacular_sidecar/static/drf_spectacular_sidecar/swagger-ui-dist/"  # 5.33.1, what /docs shows
+SWAGGER_UI = "drf_spectacular_sidecar/static/drf_spectacular_sidecar/swagger-ui-dist/"  # 5.33.1, as a wheel, for /docs
 DROPPED = ("*.so", "_yaml/*", "*.data/*", "*.dist-info/RECORD", "*.dist-info/WHEEL", "drf_spectacular_sidecar/*.py",
            "*/redoc/*", "*.map", "*-preset.js", "*/oauth2-redirect.*")
 

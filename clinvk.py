@@ -6676,19 +6676,20 @@ DOCS_PAGE = b"""\
 DOCS_START = b"""\
 SwaggerUIBundle({url: "/openapi.json", dom_id: "#docs", deepLinking: true, tryItOutEnabled: true, validatorUrl: null});
 """
-DOCS_FILES = {"start.js": "text/javascript", "swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css",
+SCRIPT = "text/javascript; charset=utf-8"
+DOCS_FILES = {"start.js": SCRIPT, "swagger-ui-bundle.js": SCRIPT, "swagger-ui.css": "text/css; charset=utf-8",
               "favicon-32x32.png": "image/png"}
 
 
 def docs_answer(data: bytes, content_type: str) -> Answer:
-    return Answer([data], content_type=f"{content_type}; charset=utf-8", headers={
+    return Answer([data], content_type=content_type, headers={
         "Content-Security-Policy": DOCS_POLICY, "Cache-Control": "no-cache"})
 
 
 @route("GET", "/docs", answer="text/html")
 def docs(server: Server, call: Call) -> Answer:
     """A page that shows this document and tries calls out: Swagger UI."""
-    return docs_answer(DOCS_PAGE, "text/html")
+    return docs_answer(DOCS_PAGE, "text/html; charset=utf-8")
 
 
 @route("GET", "/docs/<name>", answer=None)
@@ -6807,10 +6808,11 @@ def matched(router: bottle.Router, method: str, path: str) -> Tuple[Route, str]:
     try:
         entry, parts = router.match({"REQUEST_METHOD": method, "PATH_INFO": path})
     except bottle.HTTPError as error:
-        if error.status_code == 405:
-            allow = error.headers["Allow"].replace("GET", "GET, HEAD").replace(",", ", ").replace("  ", " ")
-            raise MethodNotAllowed(f"{path} takes {allow}, not {method}", allow) from None
         shown = path if len(path) <= LONGEST_LOGGED else path[:LONGEST_LOGGED] + "..."
+        if error.status_code == 405:
+            methods = error.headers["Allow"].split(",")
+            allow = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
+            raise MethodNotAllowed(f"{shown} takes {allow}, not {method}", allow) from None
         raise NotFound(f"there is no {shown}{nearest(path, router.builder)}") from None  # its keys are the patterns
     return entry, parts.get("name", "")
 

@@ -76,8 +76,10 @@ NAMES: Dict[int, Tuple[str, Optional[str], str]] = {
     401: ("authentication_error", "invalid_api_key", "authentication_error"),
     403: ("permission_error", None, "permission_error"), 404: ("not_found_error", None, "not_found_error"),
     405: ("invalid_request_error", None, "invalid_request_error"),
+    408: ("invalid_request_error", "request_timeout", "invalid_request_error"),
     413: ("invalid_request_error", "request_too_large", "request_too_large"),
     415: ("invalid_request_error", None, "invalid_request_error"),
+    431: ("invalid_request_error", "request_header_fields_too_large", "invalid_request_error"),
     429: ("rate_limit_error", "rate_limit_exceeded", "rate_limit_error"), 500: ("api_error", None, "api_error"),
     502: ("api_error", "backend_failed", "api_error"), 503: ("api_error", "backend_unavailable", "overloaded_error"),
     504: ("api_error", "timeout", "timeout_error")}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import pytest
-from conftest import Client, Reply, Served, eventually
+from conftest import Client, Reply, Served, eventually, fault, serving, shape
 
 import clinvk
 
@@ -132,19 +132,7 @@ def watch(wires: Iterable[Wire], seconds: float, every: float = 0.1) -> None:
 def message(reply: Reply, path: str) -> str:
     """What an error says, in the shape that errors on this path have."""
     assert reply.headers["connection"] == "close" and reply.headers["x-request-id"]
-    if path.startswith("/api"):
-        assert reply.headers["content-type"] == "application/problem+json" and reply.json["status"] == reply.status
-        return str(reply.json["detail"])
-    kinds = {413: ("request_too_large", "request_too_large"), 408: ("request_timeout", "invalid_request_error"),
-             431: ("request_header_fields_too_large", "invalid_request_error"), 400: (None, "invalid_request_error")}
-    code, kind = kinds[reply.status]
-    error = reply.json["error"]
-    if path.startswith("/openai"):
-        assert (error["type"], error["code"]) == ("invalid_request_error", code)
-    else:
-        assert (reply.json["type"], error["type"]) == ("error", kind)
-        assert reply.json["request_id"] == reply.headers["request-id"]
-    return str(error["message"])
+    return fault(reply, shape(path))
 
 
 def answer_text(reply: Reply, path: str) -> str:
@@ -582,12 +570,10 @@ def test_a_body_that_can_not_be_told_from_what_follows_or_is_too_long_is_refused
 @pytest.fixture(scope="module")
 def small(pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server for the whole table, that takes bodies of up to 1000 bytes."""
-    folder = tmp_path_factory.mktemp("small")
-    (folder / "config.yaml").write_text(json.dumps({"server": {**BIG, "read_timeout_secs": 20}}))
-    command = [sys.executable, str(pyz), "serve", "--port", "0", "--config", str(folder / "config.yaml")]
-    server = Served(command, folder, {**os.environ, "HOME": str(folder), "CLINVK_HOME": str(folder / "clinvk")})
-    yield server
-    assert server.stop() == 0
+    with serving(pyz, tmp_path_factory.mktemp("small")) as start:
+        server = start(config={"server": {**BIG, "read_timeout_secs": 20}})
+        yield server
+        assert server.stop() == 0
 
 
 @each_api

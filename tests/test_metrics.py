@@ -484,14 +484,6 @@ def test_a_stream_that_is_left_is_one_canceled_run_and_its_line_comes_at_its_end
     assert found[f'clinvk_requests_total{{method="POST",path="{path}",status="200"}}'] == 1
 
 
-def raw(server: Served, sent: bytes) -> int:
-    """The status of what is sent as it stands."""
-    with socket.create_connection((server.host, server.port), 20) as connection:
-        connection.sendall(sent)
-        with connection.makefile("rb") as answer:
-            return int(answer.readline().split()[1])
-
-
 @pytest.mark.parametrize("sent, status, method, path, line", [
     (b"nonsense\r\n\r\n", 400, "other", "unmatched", "- - 400"),
     (b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 400, "POST", OPENAI, f"POST {OPENAI} 400"),
@@ -504,7 +496,7 @@ def raw(server: Served, sent: bytes) -> int:
 def test_what_waitress_refuses_is_counted_and_logged(
         serve: Callable[..., Served], sent: bytes, status: int, method: str, path: str, line: str) -> None:
     server = serve(config={"server": {"metrics_enabled": True}})
-    assert raw(server, sent.replace(b"%s", OPENAI.encode())) == status
+    assert server.raw(sent.replace(b"%s", OPENAI.encode())).status == status
     [told] = eventually(lambda: log_lines(server))
     assert re.fullmatch(rf"127\.0\.0\.1 {line} \d+ ms [0-9a-f]{{32}}", told)
     assert {name: value for name, value in counts(server).items() if value} == request(path, status, method)
