@@ -344,6 +344,25 @@ def test_clients_that_read_nothing_hold_no_threads(
         wire.socket.close()
 
 
+def test_no_more_is_answered_than_a_client_has_room_for(serve: Serve) -> None:
+    """Or answers of 1.6 MB each would fill the memory of a server whose client reads none."""
+    server = serve()
+    wire = Wire(server, 40 * head("GET /docs/swagger-ui-bundle.js HTTP/1.1"), receive_buffer=SMALL)
+    wire.until(b" 200 OK")
+    for _ in range(3):
+        time.sleep(0.5)
+        assert server.call("GET", "/health").status == 200
+    assert 1 <= server.stderr.count("swagger-ui-bundle.js") < 10
+    wire.socket.close()
+
+
+def test_what_is_refused_early_takes_from_the_rate_limit_too(serve: Serve) -> None:
+    server = serve(config={"server": {"rate_limit_enabled": True, "rate_limit_burst": 2, "rate_limit_rps": 0.01}})
+    malformed = post(OPENAI, "Content-Length: x")
+    assert [server.raw(malformed).status for _ in range(3)] == [400, 400, 429]
+    assert fault(server.raw(malformed), "openai") and server.call("GET", "/health").status == 429
+
+
 def test_what_is_sent_one_behind_the_other_is_answered_in_order_once_it_is_read(serve: Serve) -> None:
     paths = ["/docs/swagger-ui-bundle.js", "/health", "/docs/swagger-ui-bundle.js", "/docs/start.js", "/health"]
     requests = [head(f"GET {path} HTTP/1.1") for path in paths[:-1]]

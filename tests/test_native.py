@@ -209,7 +209,8 @@ def again_after(seconds: float) -> ClinvkError:
 
 @pytest.mark.parametrize("error, headers", [
     (BackendFailed("boom"), {}), (prompted(BackendFailed("boom")), {"x-should-retry": "false"}),
-    (again_after(12.6), {"Retry-After": "13"}), (again_after(-5), {"Retry-After": "1"}),
+    (again_after(12.6), {"Retry-After": "13"}), (again_after(12.2), {"Retry-After": "13"}),
+    (again_after(-5), {"Retry-After": "1"}),
     (again_after(0), {"Retry-After": "1"}),
     (prompted(again_after(3)), {"x-should-retry": "false", "Retry-After": "3"}),
     (MethodNotAllowed("no", "GET, HEAD"), {"Allow": "GET, HEAD"}), (Unauthorized("no"), {"WWW-Authenticate": "Bearer"}),
