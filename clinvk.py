@@ -10,6 +10,7 @@ import bisect
 import codecs
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -557,9 +558,6 @@ class Config:
         return [*BUILT_IN[:-1], *extra, BUILT_IN[-1]]
 
 
-# Settings whose effect is still to be built: a start warns of them.
-NOT_YET = ("server.spares", "server.spare_idle_secs", "server.spares_at_start", "server.live_conversations")
-
 # Environment variable -> the key it sets.
 VARIABLES = {
     "CLINVK_BACKEND": "default_backend", "CLINVK_CLAUDE_MODEL": "backends.claude.model",
@@ -719,11 +717,6 @@ def refuse_origins(server: ServerConfig, source: Callable[[str], str]) -> None:
                               'true together with the origin "*": name the origins')
 
 
-def without_effect(config: Config) -> List[str]:
-    """The NOT_YET keys that are set to anything but their default."""
-    return [key for key in NOT_YET if value_at(config, key) != value_at(Config(), key)]
-
-
 def value_at(config: Any, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
@@ -734,6 +727,26 @@ def value_at(config: Any, key: str) -> Any:
 NEVER = {"enum": [False]}
 DRY = "Nothing runs; each answer is the command line that would."
 STREAM = "Answer NDJSON: every run's events as they happen, and the whole answer as the last line."
+
+
+class Conversation(NamedTuple):
+    """The conversation in which a prompt is the last turn. It goes by a digest of what was said, or by its session."""
+    before: str  # what it goes by without this turn; "": no process can have heard what was said
+    turn: str  # the prompt, for a process that has
+    whole: str  # what it goes by with this turn
+    session_id: str = ""  # its session, if it is one's
+
+    def after(self, answer: str) -> str:
+        """What it goes by once it has been answered; `answer` is the SHA-256 of its text."""
+        return self.whole if self.session_id else digest(self.whole, "assistant", "", [("", ())], answer)
+
+
+def digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def utf8(text: str) -> bytes:
+    return text.encode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -774,6 +787,7 @@ class PromptRequest:
     stops: Tuple[str, ...] = internal(())  # the run ends where one of these comes in its text
     effort: str = internal("")  # how hard to think: low, medium, high ...
     thinking_tokens: Optional[int] = internal(None)
+    conversation: Optional[Conversation] = internal(None)
 
     @property
     def streams(self) -> bool:
@@ -856,6 +870,13 @@ class Settled(PromptRequest):
     verbose: bool = False
     dry_run: bool = False
     timeout_secs: float = 0.0
+
+    @property
+    def standing(self) -> Tuple[Any, ...]:
+        """All that can not change from turn to turn of a conversation in one process."""
+        return (self.backend, self.isolated, self.keeps, self.model, self.workdir, self.approval_mode,
+                self.sandbox_mode, self.max_tokens, self.max_turns, self.system_prompt, self.allowed_tools,
+                self.verbose, tuple(self.extra), self.effort, self.thinking_tokens)
 
 
 def settled(request: PromptRequest, config: Config, workdir: str) -> Settled:
@@ -949,6 +970,21 @@ def as_prompt(turns: List[Turn]) -> str:
     told = "\n".join(element("turn", (("role", t.role), ("name", t.name)), "\n" + element_text(t.pieces) + "\n")
                      for t in before)
     return f"The conversation so far:\n\n{told}\n\n{closing}" if before else closing
+
+
+def conversation_of(turns: List[Turn]) -> Conversation:
+    """The process that gave the answer before the last turn can go on with that alone, if it is the user's."""
+    *earlier, last = turns
+    goes_on = earlier and earlier[-1].role == "assistant" and last.role == "user" and not last.name
+    turn = as_prompt([last]) if goes_on else ""
+    before = functools.reduce(after_turn, earlier, "")
+    return Conversation(before if turn.strip() else "", turn, after_turn(before, last))
+
+
+def after_turn(before: str, turn: Turn) -> str:
+    """What a conversation goes by with one more turn."""
+    texts = [hashlib.sha256(utf8(piece.text)).hexdigest() for piece in turn.pieces]
+    return digest(before, turn.role, turn.name, [piece[1:] for piece in turn.pieces], *texts)
 
 
 def element_text(pieces: List[Piece], escape: Optional[Callable[[str], str]] = None) -> str:
@@ -1047,6 +1083,7 @@ class Compat(Open):
             raise Invalid([Problem("messages", "have no text to answer")])
         said: Json = {"backend": backend, "prompt": as_prompt(turns), "model": model}
         check(PromptRequest, said)  # none of them may be taken for a flag, for instance
+        said["conversation"] = conversation_of(turns) if isolated else None
         fields = {name: value for name, value in fields.items() if getattr(options, name) in (None, "")}
         return dataclasses.replace(options, **said, isolated=isolated,
                                    ephemeral=options.ephemeral or options.session_id is None, **fields)
@@ -1465,6 +1502,7 @@ class Done(Event):
     turn_count: Optional[int] = None
     stop: str = "end"  # end, length, or sequence: a stop sequence of the client's was met
     stop_sequence: Optional[str] = None
+    waits: bool = False  # the CLI waits for the next turn of the conversation
 
 
 class Result:
@@ -1604,12 +1642,16 @@ class Backend:
     streams: ClassVar[Literal["deltas", "messages"]] = "deltas"
     remembers: ClassVar[bool] = True  # whether it can go on with a conversation
     stores_at_exit: ClassVar[bool] = False  # whether a conversation is whole, and free for another process, only then
+    can_wait: ClassVar[bool] = False  # for its first request, and for the next turn of a conversation
     noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
+    CREDENTIALS: ClassVar[Tuple[str, ...]] = ()  # files in its own home: its login and settings, read at its start
     USER_HOME: ClassVar[Tuple[str, str]] = ("", "")  # what variable names the CLI's own home; else where in HOME it is
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         self.name, self.program, self.config, self.cli_version = name, program, config, cli_version
         self.own_flags = config.backends[name].extra_flags
+        self.waits = False  # the CLI is started before there is a request
+        self.heeds = False  # it has answered us since the turn began: a failure from here on is the turn's own
         self.scratch: Optional[Path] = None  # a directory of the run's own
 
     @staticmethod
@@ -1673,8 +1715,26 @@ class Backend:
     def greet(self, mouth: Mouth) -> None:
         """Say what comes before any request."""
 
+    def look_ahead(self, request: Settled, mouth: Mouth) -> None:
+        """Say what can be said before there is a request, in the hope of one that is like this."""
+
     def ask(self, request: Settled, mouth: Mouth) -> None:
         raise NotImplementedError
+
+    def ask_on(self, request: Settled, mouth: Mouth) -> None:
+        """The next turn of the conversation. A CLI that can wait has this, and then sets `heeds` in each turn before it
+        asks its provider."""
+        raise NotImplementedError
+
+    def stored(self) -> str:
+        """What changes when another process goes on with the conversation; "" if none can."""
+        return ""
+
+    def stamps(self, *, isolated: bool) -> Tuple[str, ...]:
+        """What changes with the files that the CLI reads at its start: program, login and settings."""
+        home = self.user_home() if self.USER_HOME[0] else Path()
+        files = [Path(word) for word in self.program if os.path.isabs(word)]
+        return tuple(file_stamp(file) for file in [*files, *(home / name for name in self.CREDENTIALS)])
 
     def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
         """The events in a piece of stdout. What the CLI asks of us is answered through `mouth`."""
@@ -1940,8 +2000,9 @@ def usage_of(read: Callable[[Any], Optional[Usage]], counts: Any) -> Iterator[Ev
 class Claude(JsonLines):
     """claude 2.1.197 and 2.1.331, stream-json both ways (PROTOCOLS 3).
 
-    The model is named at the start: `set_model` would put text into the prompt (2.1.197) or ask the provider once more
-    (2.1.331). stdin stays open until the result: 2.1.197 loses the end of a long answer at an early EOF."""
+    The model is named at the start, and to a process that has waited as that of the AGENT it was started with:
+    `set_model` would put text into the prompt (2.1.197) or ask the provider once more (2.1.331). stdin stays open until
+    the result: 2.1.197 loses the end of a long answer at an early EOF."""
     honours = frozenset({"model", "approval_mode", "sandbox_mode", "max_tokens", "max_turns", "system_prompt",
                          "allowed_tools", "effort", "thinking_tokens"})
     extra_flags = {"--effort": True, "--max-budget-usd": True, "--disallowedTools": True, "--disallowed-tools": True,
@@ -1953,8 +2014,11 @@ class Claude(JsonLines):
     ISOLATED = ("--safe-mode", "--strict-mcp-config", "--tools", "", "--disable-slash-commands")
     PERMISSION = {"default": "default", "auto": "acceptEdits", "none": "dontAsk", "always": "default"}
     stores_at_exit = True
+    can_wait = True
+    CREDENTIALS = (".credentials.json", "settings.json")
     EFFORTS: ClassVar[Dict[str, str]] = {"minimal": "low", "low": "low", "medium": "medium", "high": "high",
                                          "xhigh": "max", "max": "max"}
+    AGENT = "clinvk-9e41"  # nobody's own: it would be taken in place of ours
     RETRIES_OF_429 = 2  # about 4 s; after that the provider means it
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
@@ -1968,22 +2032,33 @@ class Claude(JsonLines):
         self.blamed = ""  # the kind of error that an <synthetic> message named
         self.resets_at: Optional[float] = None  # when a usage limit ends, seconds since the epoch
         self.tools: Dict[str, str] = {}  # id -> name
+        self.before: Json = {}  # the result of the turn before
+        self.session_id = ""
+
+    def stored(self) -> str:
+        return " ".join(map(file_stamp, self.transcripts(self.session_id)))
 
     def command(self, request: Settled) -> Command:
-        env = child_environ(self.config, self.name, CLAUDE_CODE_DISABLE_ATTACHMENTS="1")
-        if request.max_tokens:
-            env["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(request.max_tokens)
-            if request.isolated and not (request.effort or request.thinking_tokens):
-                env["CLAUDE_CODE_DISABLE_THINKING"] = "1"  # else it could take all of them, before any answer
+        limits = {} if self.waits else self.limits(request)
+        env = child_environ(self.config, self.name, CLAUDE_CODE_DISABLE_ATTACHMENTS="1", **limits)
         goes_on = not request.begins or self.transcripts(request.resume)
         argv = [*self.program, *self.LINE, *([] if request.keeps else ["--no-session-persistence"]),
-                *option("--model", request.model), *option("--resume" if goes_on else "--session-id", request.resume)]
+                *(["--agent", self.AGENT] if self.waits else option("--model", request.model)),
+                *option("--resume" if goes_on else "--session-id", request.resume)]
         if request.isolated:
             argv += self.ISOLATED
         else:
             argv += ["--permission-mode", self.permission_mode(request), *option("--max-turns", request.max_turns),
                      *option("--allowedTools", request.allowed_tools)]
         return Command([*argv, *self.own_flags, *request.extra], request.workdir, env)
+
+    def limits(self, request: Settled) -> Dict[str, str]:
+        """Variables, for a process or for a turn. Thinking could take all of the tokens, before any answer."""
+        if not request.max_tokens:
+            return {}
+        thinks = not request.isolated or request.effort or request.thinking_tokens
+        return {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(request.max_tokens),
+                **({} if thinks else {"CLAUDE_CODE_DISABLE_THINKING": "1"})}
 
     @staticmethod
     def new_conversation() -> str:
@@ -1998,20 +2073,33 @@ class Claude(JsonLines):
         return by_sandbox.get(request.sandbox_mode) or self.PERMISSION[request.approval_mode]
 
     def ask(self, request: Settled, mouth: Mouth) -> None:
-        """Only the last block is looked at for a slash command, and an empty one is not sent on: so `/cost`, too, is a
-        prompt, to the letter."""
         self.grants = grants_leave(request)
         first: Json = {}
         if request.isolated or request.system_prompt:
             first["systemPrompt" if request.isolated else "appendSystemPrompt"] = request.system_prompt
         if request.keeps:  # else 2.1.331 takes system prompt and tools from the first turn, whatever a later one says
             first["systemPromptSnapshot"] = False
+        if self.waits and request.model:  # a list is an empty system prompt that the agent's own does not replace
+            first["systemPrompt"] = request.system_prompt or []
+            first["agents"] = {self.AGENT: {"description": "-", "prompt": "-", "model": request.model}}
         if first:
             mouth.say(control("initialize", **first))
+        settings: Json = {"env": self.limits(request)} if self.waits and request.max_tokens else {}
         if request.effort in self.EFFORTS:
-            mouth.say(control("apply_flag_settings", settings={"effortLevel": self.EFFORTS[request.effort]}))
+            settings["effortLevel"] = self.EFFORTS[request.effort]
+        if settings:
+            mouth.say(control("apply_flag_settings", settings=settings))
         if request.thinking_tokens is not None:
             mouth.say(control("set_max_thinking_tokens", max_thinking_tokens=request.thinking_tokens))
+        self.say_prompt(request, mouth)
+
+    def ask_on(self, request: Settled, mouth: Mouth) -> None:
+        self.spoken, self.stop, self.blamed = Spoken(), "end", ""
+        self.say_prompt(request, mouth)
+
+    def say_prompt(self, request: Settled, mouth: Mouth) -> None:
+        """Only the last block is looked at for a slash command, and an empty one is not sent on: so `/cost`, too, is a
+        prompt, to the letter."""
         blocks = [{"type": "text", "text": request.prompt}, {"type": "text", "text": ""}]
         mouth.say({"type": "user", "message": {"role": "user", "content": blocks}})
 
@@ -2099,8 +2187,9 @@ class Claude(JsonLines):
 
     def parse_system(self, message: Json) -> Iterator[Event]:
         if message["subtype"] == "init":
-            self.model = message.get("model", "")
-            yield Init(self.model, message.get("session_id", ""), message.get("cwd", ""))
+            self.model, self.heeds = message.get("model", ""), True
+            self.session_id = message.get("session_id", "")
+            yield Init(self.model, self.session_id, message.get("cwd", ""))
         elif message["subtype"] == "api_retry":
             status, delay = message.get("error_status"), message["retry_delay_ms"] / 1000
             yield Progress("retrying", f"the provider said {status or 'nothing'}; claude tries again in {delay:.1f} s")
@@ -2111,16 +2200,17 @@ class Claude(JsonLines):
 
     def parse_result(self, message: Json) -> Iterator[Event]:
         text = message.get("result") or "; ".join(message.get("errors") or []) or str(message.get("subtype"))
-        yield from usage_of(claude_usage, message)
+        own, self.before = own_result(message, self.before), message
+        yield from usage_of(claude_usage, own)
         self.spoken = Spoken()
-        broken = message.get("stop_reason") is None and not claude_models(message) and message.get("num_turns")
+        broken = message.get("stop_reason") is None and not claude_models(own) and message.get("num_turns")
         failed = bool(message.get("is_error"))
         if failed:
             yield Failure(self.error(message.get("api_error_status"), text))
         elif broken:
             failed = True
             yield Failure(BackendFailed("the provider's stream ended before the answer was complete; ask again"))
-        yield Done(1 if failed else 0, cost_usd=claude_cost(message), turn_count=message.get("num_turns"),
+        yield Done(1 if failed else 0, cost_usd=claude_cost(own), turn_count=message.get("num_turns"),
                    stop=self.stop)
 
     def error(self, status: Optional[int], text: str, retry_after: Optional[float] = None) -> ClinvkError:
@@ -2184,6 +2274,20 @@ def claude_usage(result: Json) -> Optional[Usage]:
     fresh, output, cached, created = counts
     thinking = (usage.get("output_tokens_details") or {}).get("thinking_tokens") or 0
     return Usage(fresh, output, cached, created, thinking, cache_inside=False) if any(counts) else None
+
+
+def own_result(result: Json, before: Json) -> Json:
+    """A turn's result, less what is in it of the turns before in the same process (2.1.197; 2.1.331, where it is the
+    conversation that counts, tells the turn's own besides): `modelUsage` and `total_cost_usd` run on."""
+    own = dict(result)
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        if result.get("model_usage_since_last_result") is None and before:
+            sums = before["modelUsage"]
+            counts = {name: {key: value - sums.get(name, {}).get(key, 0) for key, value in model.items()
+                             if isinstance(value, (int, float))} for name, model in result["modelUsage"].items()}
+            own["modelUsage"] = {name: model for name, model in counts.items() if model.get("outputTokens")}
+            own["total_cost_usd"] = result["total_cost_usd"] - before["total_cost_usd"]
+    return own
 
 
 def claude_models(result: Json) -> List[Json]:
@@ -2293,6 +2397,8 @@ class Codex(JsonRpc):
     USER_HOME = ("CODEX_HOME", ".codex")
     noise = r"WARNING: proceeding|could not (create|update) PATH|Reading prompt from stdin|could not find bubblewrap"
     stores_at_exit = True
+    can_wait = True
+    CREDENTIALS = ("auth.json", "config.toml")
     SANDBOX = {"read-only": "read-only", "workspace": "workspace-write", "full": "danger-full-access"}
     EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"})
     LONGEST = 1_048_576  # characters of a prompt
@@ -2310,8 +2416,8 @@ class Codex(JsonRpc):
         "agents": {"enabled": False}, "analytics": {"enabled": False},
         "features": dict.fromkeys(
             ("shell_tool", "unified_exec", "view_image", "multi_agent_v2", "goals", "image_generation", "apps",
-             "plugins", "hooks", "tool_suggest", "sleep_tool", "skill_search", "browser_use", "computer_use",
-             "in_app_browser"), False)}
+             "plugins", "hooks", "tool_suggest", "sleep_tool", "shell_snapshot", "skill_search", "browser_use",
+             "computer_use", "in_app_browser"), False)}
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         super().__init__(name, program, config, cli_version)
@@ -2322,6 +2428,9 @@ class Codex(JsonRpc):
         self.default_sandbox = "<that of the config>"  # looked up only if a thread would keep another one
         self.resets_at: Optional[float] = None
         self.tools: Set[str] = set()  # items that have been shown as a ToolUse
+        self.thread_id = ""
+        self.begun: Optional[Init] = None  # what is told of the thread in a later turn
+        self.ahead: Tuple[int, Json] = (0, {})  # the call that starts a thread before there is a request; and how
 
     @classmethod
     def find(cls, name: str, config: Config) -> Optional[List[str]]:
@@ -2407,8 +2516,18 @@ class Codex(JsonRpc):
         self.call(mouth, "initialize", CODEX_CLIENT, self.nothing)
         self.notify(mouth, "initialized")
 
+    def look_ahead(self, request: Settled, mouth: Mouth) -> None:
+        """The thread costs as much time as all the rest; a request that has other instructions gets another one."""
+        params = {"ephemeral": True, **self.thread(request)}
+        self.call(mouth, "thread/start", params, self.nothing)
+        self.ahead = self.calls, params
+
     def ask(self, request: Settled, mouth: Mouth) -> None:
         then = functools.partial(self.thread_started, request)
+        number, params = self.ahead
+        if number and params == {"ephemeral": not request.keeps, **self.thread(request)}:
+            self.replies[number] = then  # nobody has read it yet
+            return
         if request.resume:
             of_before = {"threadId": request.resume, "excludeTurns": True}
             self.call(mouth, "thread/resume", {**of_before, **self.thread(request)}, then)
@@ -2440,16 +2559,29 @@ class Codex(JsonRpc):
         return False
 
     def thread_started(self, request: Settled, reply: Json, mouth: Mouth) -> Iterator[Event]:
-        thread = reply["thread"]["id"]
-        yield Init(reply.get("model", ""), thread, reply.get("cwd", ""))
-        turn: Json = {"threadId": thread, "input": [{"type": "text", "text": request.prompt}]}
+        self.thread_id = reply["thread"]["id"]
+        self.begun = Init(reply.get("model", ""), self.thread_id, reply.get("cwd", ""))
+        yield self.begun
+        self.start_turn(request, mouth, self.turn_started)
+
+    def ask_on(self, request: Settled, mouth: Mouth) -> None:
+        self.spoken, self.counts_before, self.tools = Spoken(), self.counts, set()
+        self.start_turn(request, mouth, self.turn_begun_again)
+
+    def start_turn(self, request: Settled, mouth: Mouth, then: Callable[[Json, Mouth], Iterator[Event]]) -> None:
+        turn: Json = {"threadId": self.thread_id, "input": [{"type": "text", "text": request.prompt}]}
         if request.effort in self.EFFORTS:
             turn["effort"] = request.effort
-        self.call(mouth, "turn/start", turn, self.turn_started)
+        self.call(mouth, "turn/start", turn, then)
 
     def turn_started(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
-        self.turn = reply["turn"]["id"]
+        self.turn, self.heeds = reply["turn"]["id"], True
         return iter(())
+
+    def turn_begun_again(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
+        assert self.begun
+        yield self.begun
+        yield from self.turn_started(reply, mouth)
 
     def repeats(self, head: bytes) -> bool:
         """Whole texts that have come as deltas."""
@@ -2615,6 +2747,9 @@ class Gemini(JsonRpc):
     PERMISSION = {"default": "default", "auto": "autoEdit", "none": "yolo", "always": "default"}
     ALIASES = frozenset({"auto", "pro", "flash", "flash-lite"})
     REPLAY_SILENCE = 3.0  # seconds
+    can_wait = True
+    CREDENTIALS = tuple(f".gemini/{name}" for name in ("oauth_creds.json", "google_accounts.json",
+                                                       "gemini-credentials.json", ".env"))
     MODEL = "flash"  # of the model way, if none is said: "auto" asks the provider first which one to take
     COMMANDS = re.compile(r"\s*[/$]\s*(memory|extensions|init|restore|about|help)(\s|$)")
     LINKED = ("oauth_creds.json", "google_accounts.json", "gemini-credentials.json", "installation_id", ".env")
@@ -2631,7 +2766,11 @@ class Gemini(JsonRpc):
         self.request: Optional[Settled] = None
         self.grants = False  # whether tools that ask are allowed
         self.first_session = str(uuid.uuid4())  # gemini stores one at its start, besides the one that we ask for
-        self.session = ""
+        self.session = self.model = ""
+        self.default_model = self.started_with = ""
+        self.auth: Any = None  # how the user logs in
+        self.place = ""  # where its session is opened, in the model way
+        self.limit: Optional[Tuple[str, int]] = None  # the max_tokens that its settings have, and for which model
         self.begun = False  # the session is open
         self.anew = False  # nothing of the conversation to go on with has been stored: it begins only now
         self.replay_end = ""  # the text that a replay of the conversation ends with; "" once it has
@@ -2667,31 +2806,57 @@ class Gemini(JsonRpc):
         env = child_environ(self.config, self.name, GEMINI_CLI_NO_RELAUNCH="true", NO_BROWSER="true",
                             GEMINI_DEBUG_LOG_FILE=str(self.scratch / "debug.log"))
         argv = [*self.program, "--acp", "--skip-trust"]
-        model = request.model
+        self.default_model = (users.get("model") or {}).get("name") or self.MODEL
         if request.isolated:
-            model = model or (users.get("model") or {}).get("name") or self.MODEL
             argv += ["-e", "none"]
             env.update(GEMINI_CLI_HOME=str(self.scratch), GEMINI_SYSTEM_MD=str(self.scratch / "system.md"),
                        TMPDIR=str(self.scratch))
-            self.furnish(self.scratch, request, users)
+            self.furnish(self.scratch, users)
+            self.write_settings(request)
         else:
             argv += ["--session-id", self.first_session, *(["-s"] if request.sandbox_mode == "workspace" else [])]
-        argv += [*option("-m", model), *self.own_flags, *request.extra]
+        self.started_with = self.model_of(request)
+        argv += [*option("-m", self.started_with), *self.own_flags, *request.extra]
         return Command(argv, request.workdir, env)
 
-    def furnish(self, home: Path, request: Settled, users: Json) -> None:
-        """A gemini home in which there is nothing but the login, our settings and the system prompt."""
+    def stamps(self, *, isolated: bool) -> Tuple[str, ...]:
+        """The model way takes two settings from the user's, which gemini itself writes anew now and then."""
+        file = self.user_home() / ".gemini" / "settings.json"
+        users = read_json_with_comments(file) if isolated else {}
+        settings = json.dumps([users.get("security"), users.get("model")]) if isolated else file_stamp(file)
+        return (*super().stamps(isolated=isolated), settings)
+
+    def stored(self) -> str:
+        files = loadable_files(self.chats(), self.session) or chat_files(self.chats(), self.session)
+        return " ".join(map(file_stamp, files))
+
+    def model_of(self, request: Settled) -> str:
+        return request.model or (self.default_model if request.isolated else "")
+
+    def furnish(self, home: Path, users: Json) -> None:
+        """A gemini home in which there is nothing but the login."""
         (home / ".gemini").mkdir(mode=0o700)
         for name in self.LINKED:
             link(self.user_home() / ".gemini" / name, home / ".gemini" / name)
         link(self.user_home() / ".env", home / ".env")
-        auth = (users.get("security") or {}).get("auth")
-        settings: Json = {**self.ISOLATED, **({"security": {"auth": auth}} if auth else {})}
-        if request.max_tokens and request.model:
+        self.auth = (users.get("security") or {}).get("auth")
+
+    def write_settings(self, request: Settled) -> None:
+        """Ours, and the system prompt: gemini reads that when it opens a session; the settings then, too, but for ten
+        seconds only where it has opened none before."""
+        assert self.scratch
+        (self.scratch / "system.md").write_text(literal(request.system_prompt), encoding="utf-8")
+        limit = (request.model, request.max_tokens) if request.max_tokens and request.model else None
+        if limit == self.limit and self.place:
+            return
+        settings: Json = {**self.ISOLATED, **({"security": {"auth": self.auth}} if self.auth else {})}
+        if limit:
             settings["modelConfigs"] = {"overrides": [{"match": {"model": request.model}, "modelConfig": {
                 "generateContentConfig": {"maxOutputTokens": request.max_tokens}}}]}
-        (home / ".gemini" / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        (home / "system.md").write_text(literal(request.system_prompt), encoding="utf-8")
+        (self.scratch / ".gemini" / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+        if self.place:
+            (self.scratch / "empty").symlink_to(request.workdir)
+        self.limit, self.place = limit, str(self.scratch / "empty") if self.place else request.workdir
 
     def refuse_without_login(self, users: Json) -> None:
         """A login with Google that is missing makes gemini ask for a code, for ever."""
@@ -2719,6 +2884,8 @@ class Gemini(JsonRpc):
 
     def ask(self, request: Settled, mouth: Mouth) -> None:
         self.request, self.grants = request, grants_leave(request)
+        if self.place:
+            self.write_settings(request)
         if 1 not in self.replies:  # it is past its greeting
             self.open_session(request, mouth)
 
@@ -2728,19 +2895,30 @@ class Gemini(JsonRpc):
         return iter(())
 
     def open_session(self, request: Settled, mouth: Mouth) -> None:
-        place = {"cwd": request.workdir, "mcpServers": []}
+        place = {"cwd": self.place or request.workdir, "mcpServers": []}
         if request.resume and not self.anew:
             self.call(mouth, "session/load", {"sessionId": request.resume, **place}, self.session_begun)
         else:
             self.call(mouth, "session/new", place, self.session_begun)
+
+    def ask_on(self, request: Settled, mouth: Mouth) -> None:
+        """A session that is open says nothing before its provider does, unless it is asked for its mode."""
+        self.request, self.prompted, self.opens, self.characters = request, False, True, 0
+        mode = {"sessionId": self.session, "modeId": self.mode(request)}
+        self.call(mouth, "session/set_mode", mode, self.mode_kept)
+
+    def mode_kept(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
+        assert self.request
+        yield Init(self.model, self.session, self.request.workdir)
+        self.give_prompt(mouth)
 
     def session_begun(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
         assert self.request
         goes_on = self.request.resume and not self.anew
         self.session = self.request.resume if goes_on else reply["sessionId"]
         self.begun, self.silent_ticks = True, 0
-        model = (reply.get("models") or {}).get("currentModelId") or self.request.model
-        yield Init(model, self.session, self.request.workdir)
+        self.model = self.model_of(self.request) or (reply.get("models") or {}).get("currentModelId") or ""
+        yield Init(self.model, self.session, self.request.workdir)
         self.go_on(mouth)
 
     def go_on(self, mouth: Mouth) -> None:
@@ -2748,11 +2926,16 @@ class Gemini(JsonRpc):
         assert self.request
         if not self.begun or self.replay_end:
             return
-        mode = "plan" if self.request.sandbox_mode == "read-only" else self.PERMISSION[self.request.approval_mode]
-        if mode != "default" and not self.request.isolated:
+        mode = self.mode(self.request)
+        if mode != "default":
             self.call(mouth, "session/set_mode", {"sessionId": self.session, "modeId": mode}, self.mode_set)
         else:
             self.give_prompt(mouth)
+
+    def mode(self, request: Settled) -> str:
+        if request.isolated:
+            return "default"
+        return "plan" if request.sandbox_mode == "read-only" else self.PERMISSION[request.approval_mode]
 
     def mode_set(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
         self.give_prompt(mouth)
@@ -2760,7 +2943,11 @@ class Gemini(JsonRpc):
 
     def give_prompt(self, mouth: Mouth) -> None:
         assert self.request
-        self.prompted = True
+        self.prompted = self.heeds = True
+        model = self.model_of(self.request)
+        if self.request.isolated and model != self.started_with:  # a CLI that had waited; the name alone takes no time
+            self.call(mouth, "session/set_model", {"sessionId": self.session, "modelId": model}, self.nothing)
+            self.started_with = model
         text = {"type": "text", "text": self.whole_prompt(self.request)}
         self.call(mouth, "session/prompt", {"sessionId": self.session, "prompt": [text]}, self.turn_ended)
 
@@ -3063,12 +3250,12 @@ def link(source: Path, target: Path) -> None:
 
 
 def file_stamp(file: Path) -> str:
-    """What changes when a file does."""
+    """What changes when a file does, or when another takes its place."""
     try:
         status = file.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return "nothing"
-    return f"{file} {status.st_mtime_ns} {status.st_size}"
+    return f"{os.path.realpath(file)} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
 
 
 def write_whole(target: Path, text: str) -> None:
@@ -3177,8 +3364,8 @@ def kind_of(name: str) -> Type[Backend]:
     return BACKENDS.get(name, Text)
 
 
-# ==== Runs ========================================================================================
-# In: a Settled request and its backend. Out: the events of the run. Here, and only here, processes are started.
+# ==== Processes ===================================================================================
+# In: a Command. Out: what the CLI prints, until none of its descendants is left. Here, and only here, they are started.
 
 class Stop:
     """Why a run must end before its time. Whoever waits for something asks, every TICK."""
@@ -3219,14 +3406,14 @@ class Slots:
         self.active = 0
         self.waiting: Deque[threading.Event] = collections.deque()
         self.admitted: Set[threading.Event] = set()  # those of `waiting` that take no place
-        self.lock = threading.Lock()  # guards active, waiting and admitted
+        self.changed = threading.Condition()  # guards active, waiting and admitted
 
     def take(self, stop: Stop, *, admitted: bool = False) -> Iterator[Progress]:
         """Returns when a slot is ours; until then a Progress per SILENCE. Raises BackendUnavailable if the line is
         full, unless the request is `admitted` already, and what `stop` says. A caller that closes this generator has
         left the line."""
         turn = threading.Event()
-        with self.lock:
+        with self.changed:
             if self.active < self.limit and not self.waiting:
                 self.active += 1
                 return
@@ -3242,7 +3429,7 @@ class Slots:
 
     def admit(self) -> None:
         """Let a request in whose runs then wait for their slots however long the line is; or raise."""
-        with self.lock:
+        with self.changed:
             if self.active >= self.limit:
                 self.check_places_locked()
 
@@ -3256,7 +3443,7 @@ class Slots:
 
     def leave(self, turn: threading.Event) -> None:
         """Give up a place in the line, or the slot that came just then."""
-        with self.lock:
+        with self.changed:
             if turn in self.waiting:
                 self.waiting.remove(turn)
                 self.admitted.discard(turn)
@@ -3264,13 +3451,19 @@ class Slots:
         self.release()
 
     def release(self) -> None:
-        with self.lock:
+        with self.changed:
             if self.waiting:
                 turn = self.waiting.popleft()
                 self.admitted.discard(turn)
                 turn.set()  # the slot is handed on
             else:
                 self.active -= 1
+                self.changed.notify_all()
+
+    def wait_until_idle(self, seconds: float) -> bool:
+        """Whether there comes a time without any run."""
+        with self.changed:
+            return self.changed.wait_for(lambda: not self.active, seconds)
 
 
 def wait_for(turn: threading.Event, stop: Stop) -> Iterator[Progress]:
@@ -3284,7 +3477,8 @@ def wait_for(turn: threading.Event, stop: Stop) -> Iterator[Progress]:
 
 
 class Child:
-    """A started CLI: its pipes and its descendants. Between `start` and `leave` one thread at a time uses it."""
+    """A started CLI: its pipes and its descendants. Between `start` and `leave` one thread at a time uses it, for one
+    turn of a conversation after the other."""
     STDERR_KEPT = 64 * 1024
     LAST_WORDS = 1.0  # seconds for what comes on stderr when stdout is closed already
     READS_OF_A_FULL_PIPE = 4  # of 64 KiB each, which is what a pipe holds
@@ -3302,6 +3496,14 @@ class Child:
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             os.set_blocking(pipe.fileno(), False)  # type: ignore[union-attr]
         self.closes_stdin = False
+
+    @property
+    def is_there(self) -> bool:
+        return self.process.poll() is None
+
+    def begin_turn(self) -> None:
+        """What it prints from now on is of another turn."""
+        self.printed, self.stderr = 0, b""
 
     def say(self, message: Json) -> None:
         """Queue one line for its stdin; what the pipe takes goes at once, the rest while we read."""
@@ -3385,6 +3587,12 @@ class Child:
         if self.unsent:
             self.flush()
         return [pipe for pipe in pipes if pipe in found]
+
+    def kill(self) -> List[bytes]:
+        """End the process itself, at once; what it had still printed."""
+        self.process.kill()
+        self.process.wait()
+        return self.rest(self.pipes()[:1])
 
     def leave(self, patience: float) -> None:
         """End it and all its descendants; returns when none is left. It may take `patience` seconds to go by itself
@@ -3483,147 +3691,6 @@ class Children:
             return self.changed.wait_for(lambda: not self.alive, seconds)
 
 
-@dataclass
-class Ran:
-    """What is told of one run when it is over (SPEC 8); filled in while it goes on. Times are of `time.monotonic()`."""
-    backend: str
-    start: str = "cold"  # how its CLI came to be there
-    began: float = 0.0  # when it had its slot; 0: not yet
-    ended: float = 0.0  # 0: not yet
-    status: str = "error"  # one of RUN_STATUSES
-    exit_code: int = -1
-    usage: Optional[Usage] = None
-    cost_usd: float = 0.0
-    first_text_secs: Optional[float] = None  # from the request to the first output
-
-    @property
-    def seconds(self) -> float:
-        return self.ended - self.began
-
-    def hear(self, event: Event, asked_at: float) -> None:
-        if isinstance(event, (Message, Thinking, ToolUse)):
-            if self.first_text_secs is None and (isinstance(event, ToolUse) or event.text):
-                self.first_text_secs = time.monotonic() - asked_at
-        elif isinstance(event, TokenUsage):
-            self.usage = event.usage
-        elif isinstance(event, Failure):
-            self.status = {TimedOut: "timeout", Canceled: "canceled"}.get(type(event.error), "error")
-        elif isinstance(event, Done):
-            self.ended, self.exit_code, self.cost_usd = time.monotonic(), event.exit_code, event.cost_usd or 0.0
-            self.status = "success" if event.exit_code == 0 else self.status
-
-
-RUN_STATUSES = ("success", "error", "timeout", "canceled")
-
-
-def observed(events: Events, ran: Ran, stop: Stop, tell: Callable[[Ran], None]) -> Events:
-    """`events`, which fill in `ran`; it is told of at the end, unless nothing has been started."""
-    try:
-        with contextlib.closing(events):
-            for event in events:
-                ran.hear(event, stop.began)
-                if isinstance(event, Failure):
-                    done = next(events)  # first, as who is told of a failure may ask for nothing more
-                    ran.hear(done, stop.began)
-                    yield event
-                    event = done
-                yield event
-    except GeneratorExit:
-        ran.status = ran.status if ran.ended else "canceled"
-        raise
-    except ClinvkError:
-        ran.began = 0.0
-        raise
-    finally:
-        if ran.began:
-            ran.ended = ran.ended or time.monotonic()
-            tell(ran)
-
-
-def run(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop, ran: Ran, *,
-        admitted: bool = False) -> Events:
-    """One prompt and its answer: wait for a slot, start the CLI, say the prompt, yield events, end it (SPEC 4).
-
-    Yields the backend's events, a Progress per SILENCE, a Failure if the run failed, and one Done, always last.
-    Raises a ClinvkError instead if nothing has been started: nothing but Progress has come then. Closing the generator
-    ends the CLI and all its descendants within 2 s; a client that leaves a silent CLI is noticed through `stop`."""
-    started = time.monotonic()
-    try:
-        in_slot = in_a_slot(request, backend, children, slots, stop, ran, admitted=admitted)
-        with contextlib.closing(in_slot) as events:
-            for event in events:
-                yield timed(event, started)
-    except BackendAuth as error:  # not logged in is a failed run, whenever it is noticed
-        yield Failure(error)
-        yield timed(Done(-1), started)
-    finally:
-        stop.allow(math.inf)  # a client may take its time with what is left to read
-
-
-def timed(event: Event, started: float) -> Event:
-    """A Done with its duration; any other event as it is."""
-    if isinstance(event, Done):
-        return dataclasses.replace(event, duration_ms=round(1000 * (time.monotonic() - started)))
-    return event
-
-
-def in_a_slot(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop, ran: Ran, *,
-          admitted: bool) -> Events:
-    yield from slots.take(stop, admitted=admitted)
-    ran.began = time.monotonic()
-    if isinstance(backend, InProcess):
-        yield from in_process(backend.answer(request), slots, stop)
-    else:
-        yield from conversation(request, backend, children, slots, stop)
-
-
-def in_process(events: Iterator[Event], slots: Slots, stop: Stop) -> Events:
-    """The events of a backend that needs no process, as long as somebody waits for them."""
-    try:
-        for event in events:
-            stop.check()
-            yield event
-    except ClinvkError as error:
-        yield Failure(error)
-        yield Done(-1)
-    finally:
-        slots.release()
-
-
-def conversation(request: Settled, backend: Backend, children: Children, slots: Slots, stop: Stop) -> Events:
-    """Start the CLI, greet it, ask it, and pass on what it says until its answer is complete."""
-    try:
-        backend.prepare(request, functools.partial(output_of, children, stop))
-        child = children.start(backend.command(request))
-    except BaseException:
-        leave_nothing(backend, slots)
-        raise
-    done: Optional[Done] = None
-    try:
-        backend.greet(child)
-        backend.ask(request, child)
-        for event in told_by(backend, child, stop):
-            if isinstance(event, Done):
-                done = event
-            else:
-                yield event
-    finally:
-        patience = PATIENCE if done and done.exit_code == 0 else 0.0
-        leaving = children.dismiss(child, functools.partial(leave_nothing, backend, slots), patience=patience)
-        if request.keeps and (backend.stores_at_exit or not done):
-            leaving.join()  # only then can the next turn begin
-    assert done
-    yield done
-
-
-def leave_nothing(backend: Backend, slots: Slots) -> None:
-    """What is left to do when a run's last process has gone."""
-    try:
-        backend.clean_up()
-    finally:
-        slots.release()
-
-
 def output_of(children: Children, stop: Stop, command: Command, said: bytes, until: bytes) -> bytes:
     """What a command prints when it is told `said`: all of it, or up to what matches the pattern `until`."""
     child = children.start(command)
@@ -3639,42 +3706,6 @@ def output_of(children: Children, stop: Stop, command: Command, said: bytes, unt
     finally:
         children.dismiss(child, lambda: None, patience=0.0)
     return bytes(heard)
-
-
-def told_by(backend: Backend, child: Child, stop: Stop) -> Iterator[Event]:
-    """The events of one turn, the last of them a Done, whatever happens."""
-    for event in until_done(backend, child, stop):
-        if isinstance(event, Failure):
-            event.error.prompted = True  # SDKs must not repeat it
-            if not isinstance(event.error, Canceled):
-                event.error.details = quiet(child.stderr.decode(errors="replace"), backend.noise)
-        yield event
-
-
-def until_done(backend: Backend, child: Child, stop: Stop) -> Iterator[Event]:
-    heard = time.monotonic()
-    try:
-        for data in child.output(stop):
-            for event in backend.read(data, child) if data else backend.look(child):
-                yield event
-                if isinstance(event, Done):
-                    return
-            heard = time.monotonic() if data else heard
-            if time.monotonic() - heard >= SILENCE:
-                heard = time.monotonic()
-                yield Progress("waiting", f"no output for {SILENCE:g} s")
-        yield from backend.at_end(exit_code_of(child), child.stderr.decode(errors="replace"))
-    except ClinvkError as error:
-        yield Failure(error)
-        yield Done(-1)
-
-
-def exit_code_of(child: Child) -> int:
-    """Of a CLI that closed its stdout; -1 if it does not go."""
-    try:
-        return child.process.wait(timeout=1)
-    except subprocess.TimeoutExpired:
-        return -1
 
 
 # ---- Ending all descendants (PROTOCOLS 6): the CLIs start their tools in sessions and groups of their own
@@ -3760,6 +3791,574 @@ def targets(family: List[Process], told: Set[int]) -> Set[int]:
     return {-p.group if p.group in led else p.pid for p in family if p.pid not in told}
 
 
+# ==== Spares ======================================================================================
+# In: started CLIs of which no run is going on. Out: the one that a request can go on with, if there is one (SPEC 4).
+
+def nothing() -> None:
+    """For when nothing is to be done."""
+
+
+@dataclass(eq=False)
+class Spare:
+    """A started CLI, and who speaks with it: for its first turn, or for the next one of a conversation."""
+    backend: Backend
+    child: Child
+    stamps: Tuple[str, ...]  # of what it has read at its start
+    isolated: bool
+    fits: Tuple[Any, ...] = ()  # what a request must have in common with the conversation
+    start: Literal["cold", "spare", "live"] = "cold"  # how it came to be there, to who takes it
+    conversation: str = ""  # what its conversation goes by; "": it has had none
+    session_id: str = ""
+    family: FrozenSet[int] = frozenset()  # its processes, before a tool of the present turn has run
+    weighed: bool = False  # its memory is within bounds
+    stored: str = ""  # of its conversation, once that is whole
+    began: float = dataclasses.field(default_factory=time.monotonic)
+    since: float = dataclasses.field(default_factory=time.monotonic)  # when it last began to wait
+
+    START_SECS: ClassVar[float] = 20.0  # for a CLI to start, on a busy machine
+    HEEDS_SECS: ClassVar[float] = 3.0  # for one that has started to answer us
+
+    def ask(self, request: Settled) -> None:
+        self.child.begin_turn()
+        self.backend.heeds = False
+        if self.start == "live":
+            assert request.conversation
+            self.backend.ask_on(dataclasses.replace(request, prompt=request.conversation.turn), self.child)
+        else:
+            self.backend.ask(request, self.child)
+
+    def heeds_by(self) -> float:
+        """When it must have answered us, or hangs."""
+        return max(time.monotonic() + self.HEEDS_SECS, self.began + self.START_SECS)
+
+    def processes(self) -> FrozenSet[int]:
+        return frozenset(process.pid for process in descendants(self.child.process, self.child.mark))
+
+    def is_current(self) -> bool:
+        """Whether it lives, one that is started now would read the same, and nobody else has gone on with its
+        conversation."""
+        return (self.child.is_there and self.stamps == self.backend.stamps(isolated=self.isolated) and
+                self.stored in ("", self.backend.stored()))
+
+
+def started(request: Settled, backend: Backend, children: Children, stop: Stop) -> Spare:
+    """Start the CLI for a request, or for one like it, and greet it. Raises a ClinvkError if that can not be done."""
+    try:
+        stamps = backend.stamps(isolated=request.isolated)
+        backend.prepare(request, functools.partial(output_of, children, stop))
+        child = children.start(backend.command(request))
+    except BaseException:
+        backend.clean_up()
+        raise
+    backend.greet(child)
+    return Spare(backend, child, stamps, request.isolated)
+
+
+class Heard:
+    """What of a turn matters to the next one."""
+
+    def __init__(self) -> None:
+        self.text, self.characters, self.spoken = hashlib.sha256(), 0, False
+        self.tokens = 0  # of the conversation, as the provider counts them
+        self.used_tools = False
+        self.done = Done(-1)
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Message):
+            text = PARAGRAPH + event.text if event.opens and self.spoken else event.text
+            self.spoken = True
+            self.characters += len(text)
+            self.text.update(utf8(text))
+        elif isinstance(event, TokenUsage):
+            self.tokens = event.usage.all_input + event.usage.output_tokens
+        elif isinstance(event, ToolUse):
+            self.used_tools = True
+        elif isinstance(event, Done):
+            self.done = event
+
+
+class Spares:
+    """The CLIs that wait: up to `server.spares` that have only been started, one of a backend at most, and up to
+    `server.live_conversations` that have just answered. One thread tends them, once there is something to tend."""
+    LOOK_SECS = 1.0  # between two looks at those that wait
+    HOLDS_SECS = 0.25  # if one has a session's conversation, which another server may ask for
+    STORED_SECS = 0.2  # after which a CLI has stored a turn
+    SETTLING_SECS = 3.0  # for which a CLI that starts slows others
+    CONTEXT_TOKENS = 100_000  # of a conversation: beyond, CLIs begin to shorten it
+    MEMORY_BYTES = 768 * 2**20  # of one CLI and its descendants
+
+    def __init__(self, settings: ServerConfig, children: Children, slots: Slots, closing: threading.Event,
+                 holds: Holds, backend_of: Callable[[str], Backend]) -> None:
+        self.settings, self.children, self.slots, self.closing = settings, children, slots, closing
+        self.holds, self.backend_of = holds, backend_of
+        self.changed = threading.Condition()  # guards the rest
+        self.fresh: Dict[str, Spare] = {}  # backend -> its spare
+        self.live: List[Spare] = []  # the one that answered last comes last
+        self.wanted: Dict[str, Settled] = {}  # backend -> a request like those to come; the last one comes last
+        self.wanted_at: Dict[str, float] = {}  # backend -> when that came
+        self.keeper: Optional[threading.Thread] = None
+        self.starting = threading.Lock()  # held while a spare is being started
+
+    # ---- For a run
+
+    def take(self, request: Settled) -> Optional[Spare]:
+        """A CLI that this request can go on with, the caller's from now on. None: one must be started."""
+        with self.changed:
+            found = self.live_one_locked(request) or self.fresh_one_locked(request)
+            unfit = [] if found else self.in_the_way_locked(request)
+        for leaving in [self.end(spare) for spare in unfit]:
+            if request.resume:
+                leaving.join()  # it has the conversation
+        return found
+
+    def live_one_locked(self, request: Settled) -> Optional[Spare]:
+        """The process that gave the last answer of the conversation."""
+        talk = request.conversation
+        if not talk or not talk.before:
+            return None
+        for spare in self.live:
+            fits = (spare.conversation, spare.fits) == (talk.before, request.standing) and spare.is_current()
+            if fits and not spare.backend.refuses(dataclasses.replace(request, prompt=talk.turn)):
+                self.live.remove(spare)
+                return spare
+        return None
+
+    def fresh_one_locked(self, request: Settled) -> Optional[Spare]:
+        spare = self.fresh.get(request.backend)
+        if spare and request.isolated and not request.extra and spare.is_current():
+            return self.fresh.pop(request.backend)
+        return None
+
+    def in_the_way_locked(self, request: Settled) -> List[Spare]:
+        """What must go before a CLI is started: one that has the conversation, and does not fit; and what is only just
+        being started, which is put off."""
+        latest = time.monotonic() - self.SETTLING_SECS
+        talk = request.conversation
+        stuck = [spare for spare in self.live if talk and talk.session_id and spare.session_id == talk.session_id]
+        self.live = [spare for spare in self.live if spare not in stuck]
+        return stuck + [self.fresh.pop(name) for name, spare in list(self.fresh.items()) if spare.began > latest]
+
+    def keep(self, spare: Spare, request: Settled, heard: Heard) -> bool:
+        """Whether the CLI waits, from now on, for the next turn of the conversation; else it is still the caller's."""
+        talk, whole = request.conversation, heard.done.exit_code == 0 and heard.done.stop == "end"
+        size = max(heard.tokens, estimate(heard.characters + len(request.prompt) + len(request.system_prompt)))
+        if not (self.settings.live_conversations and talk and whole and spare.backend.can_wait and
+                size < self.CONTEXT_TOKENS and spare.is_current() and
+                not (heard.used_tools and spare.processes() - spare.family)):
+            return False
+        spare.start, spare.fits, spare.since = "live", request.standing, time.monotonic()
+        spare.weighed, spare.stored = False, ""
+        spare.conversation, spare.session_id = talk.after(heard.text.hexdigest()), talk.session_id
+        with self.changed:
+            if self.closing.is_set():
+                return False
+            surplus = max(0, len(self.live) + 1 - self.settings.live_conversations)
+            crowded, self.live = self.live[:surplus], [*self.live[surplus:], spare]
+            self.tend_locked()
+        for other in crowded:
+            self.end(other)
+        return True
+
+    def want(self, request: Settled) -> None:
+        """There may come another request like this one, whose answer has ended: have a CLI ready for it."""
+        name = request.backend
+        if not (self.settings.spares and request.isolated and not request.extra and kind_of(name).can_wait):
+            return
+        with self.changed:
+            self.wanted.pop(name, None)
+            self.wanted[name] = dataclasses.replace(request, prompt="", conversation=None)
+            self.wanted_at[name] = time.monotonic()
+            surplus = list(self.wanted)[:-self.settings.spares]
+            ended = [self.fresh.pop(other) for other in surplus if other in self.fresh]
+            for other in surplus:
+                del self.wanted[other]
+            self.tend_locked()
+        for spare in ended:
+            self.end(spare)
+
+    def end(self, spare: Spare, then: Callable[[], None] = nothing, *, patience: float = 0.0) -> threading.Thread:
+        """End it in a thread of its own, and call `then` when nothing is left of it."""
+        if spare.session_id and spare.start == "live":
+            patience = PATIENCE  # it stores the conversation
+        return self.children.dismiss(spare.child, functools.partial(self.is_gone, spare, then), patience=patience)
+
+    def is_gone(self, spare: Spare, then: Callable[[], None]) -> None:
+        try:
+            spare.backend.clean_up()
+            if spare.session_id:
+                self.holds.let_go(spare.session_id)
+        finally:
+            then()
+
+    def let_go(self, session_id: str) -> None:
+        """Returns when no process that waits has the conversation of that session."""
+        with self.changed:
+            ended = [spare for spare in self.live if spare.session_id == session_id]
+            self.live = [spare for spare in self.live if spare not in ended]
+        for leaving in [self.end(spare) for spare in ended]:
+            leaving.join()
+
+    # ---- The thread that tends them
+
+    def tend_locked(self) -> None:
+        if self.keeper is None:
+            self.keeper = threading.Thread(target=self.tend, name="spares", daemon=True)
+            self.keeper.start()
+        self.changed.notify_all()
+
+    def tend(self) -> None:
+        """Start what is wanted when no run is going on, and end what waits in vain."""
+        while not self.closing.is_set():
+            for spare in self.outdated():
+                self.end(spare)
+            with self.changed:
+                missing = [request for name, request in self.wanted.items() if name not in self.fresh]
+                if not missing:
+                    held = any(spare.session_id for spare in self.live)
+                    waiting = bool(self.fresh or self.live)
+                    self.changed.wait(self.HOLDS_SECS if held else self.LOOK_SECS if waiting else None)
+            if missing and self.slots.wait_until_idle(TICK):
+                self.start(missing[-1])
+
+    def outdated(self) -> List[Spare]:
+        """Those that nobody has come for, that are not as one that is started now would be, or take too much memory:
+        they do not wait any more."""
+        with self.changed:
+            waiting = [*self.fresh.values(), *self.live]
+        asked_for: Container[str] = ()
+        with contextlib.suppress(StoreUnavailable):  # who asks for one waits
+            asked_for = self.holds.asked_for([spare.session_id for spare in waiting if spare.session_id])
+        short = bool(waiting) and memory_is_short()
+        unfit = [spare for spare in waiting if short or spare.session_id in asked_for or not spare.is_current() or
+                 self.is_overdue(spare) or self.is_too_large(spare)]
+        with self.changed:
+            ended = [spare for spare in unfit if spare in self.live or spare in self.fresh.values()]
+            self.live = [spare for spare in self.live if spare not in unfit]
+            for name in [name for name, spare in self.fresh.items() if spare in unfit]:
+                spare = self.fresh.pop(name)
+                if short or spare.is_current() or not spare.child.is_there or self.is_overdue(spare):
+                    self.wanted.pop(name, None)  # else one is that reads what has changed
+        return ended
+
+    def is_overdue(self, spare: Spare) -> bool:
+        """Whether it waits in vain."""
+        since = spare.since if spare.start == "live" else self.wanted_at[spare.backend.name]
+        return time.monotonic() - since > self.settings.spare_idle_secs
+
+    def is_too_large(self, spare: Spare) -> bool:
+        """It is looked at once after each turn, when it has stored that."""
+        if not spare.weighed and time.monotonic() - spare.since > self.STORED_SECS:
+            spare.weighed, spare.stored = True, spare.backend.stored() if spare.session_id else ""
+            return memory_of(spare.processes()) > self.MEMORY_BYTES
+        return False
+
+    def start(self, request: Settled) -> None:
+        """Have a CLI ready for a request like this one."""
+        name = request.backend
+        with self.starting:
+            spare = None if self.closing.is_set() or memory_is_short() else self.ready_for(request)
+        with self.changed:
+            if spare and not self.closing.is_set() and name in self.wanted and name not in self.fresh:
+                self.fresh[name] = spare
+                return
+            self.wanted.pop(name, None)
+        if spare:
+            self.end(spare)
+
+    def ready_for(self, request: Settled) -> Optional[Spare]:
+        try:
+            backend = self.backend_of(request.backend)
+            backend.waits = True
+            spare = started(request, backend, self.children, Stop(closing=self.closing))
+        except (ClinvkError, OSError) as error:
+            LOG.warning("no %s is started for the next request: %s", request.backend, error)
+            return None
+        spare.start = "spare"
+        spare.backend.look_ahead(request, spare.child)
+        return spare
+
+    def close(self) -> None:
+        """End them all; the server is closing, so no more is started."""
+        with self.starting, self.changed:  # one that is being started is ended by its thread, or is here by now
+            waiting = [*self.fresh.values(), *self.live]
+            self.fresh, self.live = {}, []
+            self.changed.notify_all()
+        for spare in waiting:
+            self.end(spare)
+
+
+class Holds(Protocol):
+    """Where it is known which sessions have their conversation in a process that waits."""
+
+    def let_go(self, session_id: str) -> None:
+        """The process has gone."""
+
+    def asked_for(self, session_ids: Sequence[str]) -> Container[str]:
+        """Those of the sessions, held here, that another server goes on with, or that are deleted."""
+
+
+SHORT = 0.1  # of the memory: with less than that to be had, nothing waits
+
+
+def memory_is_short() -> bool:
+    """Whether this machine needs its memory for other things than CLIs that wait."""
+    with contextlib.suppress(OSError):
+        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free, whole = (int(told[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+        return free < SHORT * whole
+    level = ctypes.c_int(0)  # 1: normal, 2: warning, 4: critical
+    size = ctypes.c_size_t(ctypes.sizeof(level))
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # it is not macOS
+        ctypes.CDLL(None).sysctlbyname(b"kern.memorystatus_vm_pressure_level", ctypes.byref(level),
+                                       ctypes.byref(size), None, ctypes.c_size_t(0))
+    return level.value > 1
+
+
+def memory_of(pids: Iterable[int]) -> int:
+    """Bytes that processes have in RAM; what they share counts for each."""
+    if os.path.isdir("/proc/self"):
+        total = 0
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
+        return total
+    listed = subprocess.run(["ps", "-o", "rss=", "-p", ",".join(map(str, pids))], capture_output=True, text=True,
+                            check=False).stdout
+    return sum(int(kilobytes) * 1024 for kilobytes in listed.split())
+
+
+
+
+# ==== Runs ========================================================================================
+# In: a Settled request and its backend. Out: the events of the run.
+
+@dataclass
+class Ran:
+    """What is told of one run when it is over (SPEC 8); filled in while it goes on. Times are of `time.monotonic()`."""
+    backend: str
+    start: str = "cold"  # how its CLI came to be there: cold, spare, live
+    began: float = 0.0  # when it had its slot; 0: not yet
+    ended: float = 0.0  # 0: not yet
+    status: str = "error"  # one of RUN_STATUSES
+    exit_code: int = -1
+    usage: Optional[Usage] = None
+    cost_usd: float = 0.0
+    first_text_secs: Optional[float] = None  # from the request to the first output
+    request: Optional[Settled] = None
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+    def hear(self, event: Event, asked_at: float) -> None:
+        if isinstance(event, (Message, Thinking, ToolUse)):
+            if self.first_text_secs is None and (isinstance(event, ToolUse) or event.text):
+                self.first_text_secs = time.monotonic() - asked_at
+        elif isinstance(event, TokenUsage):
+            self.usage = event.usage
+        elif isinstance(event, Failure):
+            self.status = {TimedOut: "timeout", Canceled: "canceled"}.get(type(event.error), "error")
+        elif isinstance(event, Done):
+            self.ended, self.exit_code, self.cost_usd = time.monotonic(), event.exit_code, event.cost_usd or 0.0
+            self.status = "success" if event.exit_code == 0 else self.status
+
+
+RUN_STATUSES = ("success", "error", "timeout", "canceled")
+
+
+def observed(events: Events, ran: Ran, stop: Stop, tell: Callable[[Ran], None]) -> Events:
+    """`events`, which fill in `ran`; it is told of at the end, unless nothing has been started."""
+    try:
+        with contextlib.closing(events):
+            for event in events:
+                ran.hear(event, stop.began)
+                if isinstance(event, Failure):
+                    done = next(events)  # first, as who is told of a failure may ask for nothing more
+                    ran.hear(done, stop.began)
+                    yield event
+                    event = done
+                yield event
+    except GeneratorExit:
+        ran.status = ran.status if ran.ended else "canceled"
+        raise
+    except ClinvkError:
+        ran.began = 0.0
+        raise
+    finally:
+        if ran.began:
+            ran.ended = ran.ended or time.monotonic()
+            tell(ran)
+
+
+def run(request: Settled, backend: Backend, spares: Spares, slots: Slots, stop: Stop, ran: Ran, *,
+        admitted: bool = False) -> Events:
+    """One prompt and its answer: wait for a slot, find or start the CLI, say the prompt, yield events (SPEC 4).
+
+    Yields the backend's events, a Progress per SILENCE, a Failure if the run failed, and one Done, always last.
+    Raises a ClinvkError instead if nothing has been started: nothing but Progress has come then. Closing the generator
+    ends the CLI and all its descendants within 2 s; a client that leaves a silent CLI is noticed through `stop`."""
+    started = time.monotonic()
+    try:
+        in_slot = in_a_slot(request, backend, spares, slots, stop, ran, admitted=admitted)
+        with contextlib.closing(in_slot) as events:
+            for event in events:
+                yield timed(event, started)
+    except BackendAuth as error:  # not logged in is a failed run, whenever it is noticed
+        yield Failure(error)
+        yield timed(Done(-1), started)
+    finally:
+        stop.allow(math.inf)  # a client may take its time with what is left to read
+
+
+def timed(event: Event, started: float) -> Event:
+    """A Done with its duration; any other event as it is."""
+    if isinstance(event, Done):
+        return dataclasses.replace(event, duration_ms=round(1000 * (time.monotonic() - started)))
+    return event
+
+
+def in_a_slot(request: Settled, backend: Backend, spares: Spares, slots: Slots, stop: Stop, ran: Ran, *,
+              admitted: bool) -> Events:
+    yield from slots.take(stop, admitted=admitted)
+    ran.began = time.monotonic()
+    if isinstance(backend, InProcess):
+        yield from in_process(backend.answer(request), slots, stop)
+    else:
+        yield from conversation(request, backend, spares, slots, stop, ran)
+
+
+def in_process(events: Iterator[Event], slots: Slots, stop: Stop) -> Events:
+    """The events of a backend that needs no process, as long as somebody waits for them."""
+    try:
+        for event in events:
+            stop.check()
+            yield event
+    except ClinvkError as error:
+        yield Failure(error)
+        yield Done(-1)
+    finally:
+        slots.release()
+
+
+def conversation(request: Settled, backend: Backend, spares: Spares, slots: Slots, stop: Stop, ran: Ran) -> Events:
+    """One turn: of a CLI that waits for it, or, if there is none or it fails unheard, of one that is started for it."""
+    waiting = spares.take(request)
+    if waiting:
+        ran.start = waiting.start
+        try:
+            yield from turn(request, waiting, spares, slots, stop)
+            return
+        except Unfit as error:
+            LOG.warning("a %s that had waited was of no use, and another is started: %s", request.backend, error)
+            ran.start = "cold"
+    try:
+        fresh = started(request, backend, spares.children, stop)
+    except BaseException:
+        slots.release()
+        raise
+    yield from turn(request, fresh, spares, slots, stop)
+
+
+class Unfit(Exception):
+    """A CLI that had waited has failed before its provider was asked, or because of its login: nothing is lost yet."""
+
+
+def turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Stop) -> Events:
+    """Ask, and pass on what the CLI says until its answer is complete; then it waits for the next turn, or goes. The
+    slot is given back. Raises Unfit, and keeps the slot."""
+    heard, done, then = Heard(), cast(Optional[Done], None), slots.release
+    try:
+        for event in answered_by(request, spare, stop):
+            heard.add(event)
+            if isinstance(event, Init) and request.keeps:
+                spare.family = spare.processes()
+            if isinstance(event, Done):
+                done = event
+            else:
+                yield event
+    except Unfit:
+        then = nothing
+        raise
+    finally:
+        if done and spares.keep(spare, request, heard):
+            done = dataclasses.replace(done, waits=True)
+            then()
+        else:
+            patience = PATIENCE if done and done.exit_code == 0 else 0.0
+            leaving = spares.end(spare, then, patience=patience)
+            if request.keeps and (spare.backend.stores_at_exit or not done):
+                leaving.join()  # only then can the next turn begin
+    assert done
+    yield done
+
+
+def answered_by(request: Settled, spare: Spare, stop: Stop) -> Iterator[Event]:
+    """The events of one turn. Raises Unfit if the CLI had waited, and fails before anything comes of the answer."""
+    spare.ask(request)
+    if spare.start == "cold":
+        yield from told_by(spare.backend, spare.child, stop, heeds_by=math.inf)
+        return
+    held: List[Event] = []
+    events = told_by(spare.backend, spare.child, stop, heeds_by=spare.heeds_by())
+    for event in events:
+        if isinstance(event, Failure) and is_unfit(spare.backend, event.error, request):
+            raise Unfit(str(event.error))
+        held.append(event)
+        if not isinstance(event, Init) and not (isinstance(event, Progress) and event.stage == "retrying"):
+            break
+    yield from held
+    yield from events
+
+
+def is_unfit(backend: Backend, error: ClinvkError, request: Settled) -> bool:
+    """Whether another CLI may do better, and the provider has not been asked yet, or has refused the login. What is
+    stored of a conversation would have the prompt twice after that."""
+    if isinstance(error, (Canceled, TimedOut)):
+        return False
+    return not backend.heeds or (isinstance(error, BackendAuth) and not request.keeps)
+
+
+def told_by(backend: Backend, child: Child, stop: Stop, *, heeds_by: float) -> Iterator[Event]:
+    """The events of one turn, the last of them a Done, whatever happens. A CLI that has not answered us by `heeds_by`,
+    of `time.monotonic()`, hangs, and fails."""
+    for event in until_done(backend, child, stop, heeds_by):
+        if isinstance(event, Failure):
+            event.error.prompted = True  # SDKs must not repeat it
+            if not isinstance(event.error, Canceled):
+                event.error.details = quiet(child.stderr.decode(errors="replace"), backend.noise)
+        yield event
+
+
+def until_done(backend: Backend, child: Child, stop: Stop, heeds_by: float) -> Iterator[Event]:
+    heard = time.monotonic()
+    try:
+        for data in child.output(stop):
+            for event in backend.read(data, child) if data else backend.look(child):
+                yield event
+                if isinstance(event, Done):
+                    return
+            heard = time.monotonic() if data else heard
+            if not backend.heeds and time.monotonic() > heeds_by:
+                for rest in child.kill():  # it must not wake up now, and ask its provider, while another does
+                    yield from backend.read(rest, child)
+                raise BackendFailed(f"{backend.name} does not answer")
+            if time.monotonic() - heard >= SILENCE:
+                heard = time.monotonic()
+                yield Progress("waiting", f"no output for {SILENCE:g} s")
+        yield from backend.at_end(exit_code_of(child), child.stderr.decode(errors="replace"))
+    except ClinvkError as error:
+        yield Failure(error)
+        yield Done(-1)
+
+
+def exit_code_of(child: Child) -> int:
+    """Of a CLI that closed its stdout; -1 if it does not go."""
+    try:
+        return child.process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        return -1
+
+
 # ==== Sessions ====================================================================================
 # In: a session, and the events of its next turn. Out: the same events, each step stored before it is told.
 
@@ -3788,18 +4387,19 @@ class Session:
     has_begun: bool = False  # the CLI has said that the conversation is there
     sandbox_mode: str = ""  # the last one that a turn named
     turn: str = ""  # the one that is running: the name of its server's Lease, a colon, and its own
+    held: str = ""  # the name of the Lease of the server in which a process waits for the next turn
 
     def begun(self, init: Init) -> Session:
         """Now that its CLI has said what it calls it."""
         return dataclasses.replace(self, model=self.model or init.model, has_begun=True,
                                    backend_session_id=init.backend_session_id or self.backend_session_id)
 
-    def ended(self, usage: Optional[Usage], *, failed: bool) -> Session:
+    def ended(self, usage: Optional[Usage], *, failed: bool, held: str) -> Session:
         """After a turn, and its counts."""
         counts: Mapping[str, Any] = {} if usage is None else native_usage(usage)
         total = {**self.token_usage, **{name: self.token_usage.get(name, 0) + n for name, n in counts.items()}}
-        return dataclasses.replace(self, status="error" if failed else "completed", turn="", last_used=time.time(),
-                                   turn_count=self.turn_count + 1, token_usage=total)
+        return dataclasses.replace(self, status="error" if failed else "completed", turn="", held=held,
+                                   last_used=time.time(), turn_count=self.turn_count + 1, token_usage=total)
 
 
 def new_session(request: Settled, tags: Sequence[str]) -> Session:
@@ -3850,7 +4450,8 @@ def recorded(session: Session, events: Events, store: Store, *, counts_usage: bo
                 session = dataclasses.replace(session, error_message=event.error.whole)
             elif isinstance(event, Done):
                 try:
-                    store.save(session.ended(usage, failed=event.exit_code != 0))
+                    held = store.lease.name if event.waits else ""
+                    store.save(session.ended(usage, failed=event.exit_code != 0, held=held))
                 except StoreUnavailable as error:
                     yield Failure(StoreUnavailable(f"the run has ended, but its session is not stored: {error}"))
                     event = dataclasses.replace(event, exit_code=event.exit_code or -1)
@@ -3876,7 +4477,8 @@ MIGRATIONS: Tuple[Tuple[str, ...], ...] = ((
     "CREATE INDEX by_backend_and_status ON sessions (backend, status, last_used)",
     # Apart from the rest, as they may have megabytes and never change.
     "CREATE TABLE prompts (id TEXT PRIMARY KEY, system_prompt TEXT NOT NULL, initial_prompt TEXT NOT NULL)",
-    "CREATE TRIGGER no_prompts AFTER DELETE ON sessions BEGIN DELETE FROM prompts WHERE id = old.id; END"),)
+    "CREATE TRIGGER no_prompts AFTER DELETE ON sessions BEGIN DELETE FROM prompts WHERE id = old.id; END"),
+    ("ALTER TABLE sessions ADD COLUMN held TEXT NOT NULL DEFAULT ''",))
 LOCK_WAIT = 5.0  # seconds for another program that holds the database
 
 
@@ -4047,6 +4649,7 @@ class Lease:
 
 
 STOPPED = "server stopped during the run"
+HELD_SECS = 5.0  # for another server to end the process in which it has the conversation
 GIVEN_UP = "the request was given up before its answer was complete"
 
 
@@ -4086,22 +4689,57 @@ class Store:
     # ---- A turn
 
     def begin(self, session: Session, *, is_new: bool) -> Tuple[Optional[Session], Session]:
-        """A turn of `session` begins: the session as it was (None if it is new), and as it is now, active. Raises
-        Conflict if another turn is running, in any server, and NotFound if it has been deleted."""
+        """A turn of `session` begins: the session as it was (None if it is new), and as it is now, active. No other
+        server has a process any more that waits for it. Raises Conflict if another turn is running, in any server, and
+        NotFound if it has been deleted."""
         turn = f"{self.lease.name}:{uuid.uuid4().hex}"
         with self.changed:
             self.running.add(turn)
         try:
             with self.write() as db:
                 before = None if is_new else self.idle(db, session.id)
+                elsewhere = before.held if before and before.held != self.lease.name else ""
                 now = dataclasses.replace(before or session, status="active", error_message="", last_used=time.time(),
-                                          turn=turn, sandbox_mode=session.sandbox_mode,
+                                          turn=turn, held=elsewhere, sandbox_mode=session.sandbox_mode,
                                           metadata={**(before or session).metadata, **session.metadata})
                 self.put(db, now)
+            if now.held:
+                self.wait_until_free(now)
         except BaseException:
             self.ended(turn, created=False)
             raise
-        return before, now
+        return before, dataclasses.replace(now, held="")
+
+    def wait_until_free(self, session: Session) -> None:
+        """Until the server that holds the conversation has seen that it is to go on here."""
+        ends = time.monotonic() + HELD_SECS
+        held = self.lease.is_held(session.held)
+        while held and time.monotonic() < ends:
+            time.sleep(0.05)
+            with self.reading.transaction("DEFERRED") as db:
+                row = db.execute("SELECT held FROM sessions WHERE id = ?", (session.id,)).fetchone()
+            held = bool(row and row[0]) and self.lease.is_held(session.held)
+        if held:
+            LOG.warning("session %s: another server does not let go of the conversation", session.id)
+
+    def let_go(self, session_id: str) -> None:
+        """No process of this server waits for its next turn any more."""
+        try:
+            with self.write() as db:
+                db.execute("UPDATE sessions SET held = '' WHERE id = ? AND held = ?", (session_id, self.lease.name))
+        except StoreUnavailable as error:
+            LOG.warning("other servers will wait for the session %s in vain: %s", session_id, error)
+
+    def asked_for(self, session_ids: Sequence[str]) -> Set[str]:
+        """Those of the sessions, held here, that another server goes on with, or that are deleted."""
+        if not session_ids:
+            return set()
+        with self.reading.transaction("DEFERRED") as db:
+            marks = ", ".join("?" * len(session_ids))
+            rows = db.execute(f"SELECT id, turn, held FROM sessions WHERE id IN ({marks})", session_ids).fetchall()
+        own = {name for name, turn, held in rows
+               if turn.startswith(f"{self.lease.name}:") or (not turn and held == self.lease.name)}
+        return set(session_ids) - own
 
     def save(self, session: Session) -> None:
         with self.write() as db:
@@ -4219,11 +4857,14 @@ class Store:
         with self.reading.transaction("DEFERRED") as db:
             return int(db.execute(f"SELECT count(*) FROM sessions {where}", values).fetchone()[0])
 
-    def remove(self, session_id: str) -> None:
+    def remove(self, session: Session) -> None:
         """Raises Conflict if a turn of it is running."""
-        with self.write() as db:
-            self.idle(db, session_id)
-            db.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
+        _, session = self.begin(session, is_new=False)
+        try:
+            with self.write() as db:
+                db.execute("DELETE FROM sessions WHERE id = ?", (session.id,))
+        finally:
+            self.release(session.turn, created=False)
 
     def expire(self, before: float) -> int:
         """Delete up to AT_ONCE sessions that were last used before then; how many it were."""
@@ -5360,8 +6001,8 @@ def cors_headers(config: Config, head: Head) -> Dict[str, str]:
             "Access-Control-Expose-Headers": EXPOSED_HEADERS, **credentials}
 
 
-EXPOSED_HEADERS = ("X-Request-Id, request-id, X-Clinvk-Backend, X-Clinvk-Ignored, X-Clinvk-Estimate, Retry-After, "
-                   "x-should-retry")
+EXPOSED_HEADERS = ("X-Request-Id, request-id, X-Clinvk-Backend, X-Clinvk-Ignored, X-Clinvk-Start, "
+                   "X-Clinvk-Estimate, Retry-After, x-should-retry")
 ALLOWED_HEADERS = ("accept", "authorization", "content-type", "x-api-key", "x-request-id")
 ALLOWED_PREFIXES = ("anthropic-", "x-stainless-", "openai-")
 
@@ -5737,6 +6378,7 @@ class Server:
         self.document = b""  # OpenAPI, once it has been asked for
         self.metrics = Metrics([name for name in config.names() if config.backends[name].enabled])
         self.forgetting = threading.Lock()  # one CLI at a time is told to
+        self.spares = Spares(config.server, self.children, self.slots, self.closing, self.store, self.backend)
 
     def bound(self, port: int) -> None:
         """The port that was found, if any free one was asked for."""
@@ -5775,7 +6417,7 @@ class Server:
               admitted: bool = False) -> Started:
         """Check what only the server can check, and hand back the run; nothing runs before its first event is asked
         for. Raises Invalid, UnknownModel, Forbidden and BackendUnavailable. `at` and `prompt_at` are the places of the
-        fields, and of the prompt, in the body; `ran` gets what is to be told of the run, when it is over; `admitted` is
+        fields, and of the prompt, in the body; `ran` gets what is to be told of the run; `admitted` is
         for a run of a request that is past the line."""
         self.known_backend(asked.backend, f"{at}.backend")
         found = self.store.find(asked.session_id) if asked.session_id is not None else None
@@ -5800,15 +6442,13 @@ class Server:
                 shown = dataclasses.replace(shown, resume=backend.new_conversation(), begins=True)
             return Started(planned(shown, backend), request, ignored)
         stop.allow(request.timeout_secs)
-
-        def tell(over: Ran) -> None:
-            self.metrics.run_ended(over)
-            ran.append(over)
+        one = Ran(request.backend, request=request)
+        ran.append(one)
 
         def run_of(request: Settled) -> Events:
-            one = Ran(request.backend)
-            events = run(request, backend, self.children, self.slots, stop, one, admitted=admitted)
-            return observed(cut_at(request.stops, events) if request.stops else events, one, stop, tell)
+            events = run(request, backend, self.spares, self.slots, stop, one, admitted=admitted)
+            return observed(cut_at(request.stops, events) if request.stops else events, one, stop,
+                            self.metrics.run_ended)
         if not request.keeps:
             return Started(run_of(request), request, ignored + (["metadata"] if request.metadata else []))
         return self.in_session(request, found, run_of, ignored)
@@ -5823,7 +6463,10 @@ class Server:
             session = dataclasses.replace(session, sandbox_mode=request.sandbox_mode)
 
         def run_in(session: Session) -> Events:
-            return run_of(dataclasses.replace(request, resume=session.backend_session_id,
+            count = session.turn_count
+            talk = Conversation(f"{session.id}:{count}" if found else "", request.prompt, f"{session.id}:{count + 1}",
+                                session.id)
+            return run_of(dataclasses.replace(request, resume=session.backend_session_id, conversation=talk,
                                               begins=not session.has_begun))
         events = kept(session, run_in, self.store, is_new=not found, counts_usage=settings.store_token_usage)
         return Started(events, request, ignored, session.id)
@@ -5873,6 +6516,13 @@ class Server:
             except ClinvkError as error:
                 LOG.warning("the version of %s is not known: %s", name, error)
 
+    def want_spares(self) -> None:
+        """Have a CLI ready for the first request of each backend that can wait, the default one's first of all."""
+        names = sorted(self.runnable(), key=lambda name: name != self.config.default_backend)
+        for name in reversed(names[:self.config.server.spares]):
+            asked = PromptRequest(backend=name, prompt="", isolated=True)
+            self.spares.want(settled(asked, self.config, self.empty_directory()))
+
     def renew_keys(self) -> None:
         """Read the keys of gopass again, every KEYS_SECS; a thread of its own calls this."""
         while self.config.server.api_keys_gopass_path and not self.closing.wait(self.KEYS_SECS):
@@ -5885,6 +6535,7 @@ class Server:
         """Delete what the CLI of a session has stored of it, as far as there is a way; why that failed, or ""."""
         stop = Stop(closing=self.closing).allow(self.FORGET_SECS)
         try:
+            self.spares.let_go(session.id)
             with self.forgetting:
                 if session.backend_session_id:
                     backend = self.backend(session.backend)
@@ -5912,6 +6563,7 @@ class Server:
         """End every run, wait for its CLI to be gone, and for its session to be stored."""
         self.closing.set()
         ends = time.monotonic() + seconds
+        self.spares.close()
         if self.children.wait_until_gone(seconds):
             self.children.dismiss_heir()
         self.store.close(max(0.0, ends - time.monotonic()))
@@ -5932,7 +6584,7 @@ class Call(NamedTuple):
     query: Any
     request_id: str
     stop: Stop
-    ran: List[Ran]  # its runs that are over
+    ran: List[Ran]  # its runs; those that have not begun, too
     name: str = ""  # the last part of the path, where the route leaves it open
 
 
@@ -6000,7 +6652,7 @@ def json_answer(value: Any, status: int = 200, **headers: str) -> Answer:
 
 @route("POST", "/api/v1/prompt", body=PromptRequest, where="body", answer=PromptAnswer, events=EventLine,
        errors=(Invalid, NotFound, Conflict, BackendUnavailable, StoreUnavailable, TimedOut, Canceled),
-       example={"backend": "echo", "prompt": "hello", "ephemeral": True})
+       headers=("X-Clinvk-Start",), example={"backend": "echo", "prompt": "hello", "ephemeral": True})
 def prompt(server: Server, call: Call) -> Answer:
     """Run one prompt on one backend. A run that fails is an answer, too: its exit_code is not 0."""
     started = server.start(call.body, call.stop, at="body", prompt_at="body.prompt", ran=call.ran)
@@ -6012,7 +6664,7 @@ def prompt(server: Server, call: Call) -> Answer:
 
 
 @route("POST", "/api/v1/parallel", body=ParallelRequest, where="body", answer=ParallelAnswer, events=EventLine,
-       errors=(Invalid, BackendUnavailable, Canceled),
+       errors=(Invalid, BackendUnavailable, Canceled), headers=("X-Clinvk-Start",),
        example={"tasks": [{"backend": "echo", "prompt": "one"}, {"backend": "echo", "prompt": "two"}]})
 def parallel(server: Server, call: Call) -> Answer:
     """Several runs at once."""
@@ -6032,7 +6684,8 @@ def counted(results: List[Result], answers: List[Json]) -> Json:
 
 
 @route("POST", "/api/v1/compare", body=CompareRequest, where="body", answer=CompareAnswer, events=EventLine,
-       errors=(Invalid, BackendUnavailable, Canceled), example={"backends": ["echo"], "prompt": "hello"})
+       errors=(Invalid, BackendUnavailable, Canceled), headers=("X-Clinvk-Start",),
+       example={"backends": ["echo"], "prompt": "hello"})
 def compare(server: Server, call: Call) -> Answer:
     """One prompt on several backends."""
     request = call.body
@@ -6053,7 +6706,7 @@ def compare(server: Server, call: Call) -> Answer:
 
 
 @route("POST", "/api/v1/chain", body=ChainRequest, where="body", answer=ChainAnswer, events=EventLine,
-       errors=(Invalid, BackendUnavailable, Canceled),
+       errors=(Invalid, BackendUnavailable, Canceled), headers=("X-Clinvk-Start",),
        example={"steps": [{"backend": "echo", "prompt": "one"}, {"backend": "echo", "prompt": "{{previous}}, two"}]})
 def chain(server: Server, call: Call) -> Answer:
     """Several runs one after the other, each with the output of the one before at hand."""
@@ -6145,14 +6798,16 @@ def starter(server: Server, call: Call, tasks: Sequence[PromptRequest], places: 
 def shown_as(told: Generator[Told, None, None], shown: Several, *, stream: bool) -> Answer:
     """The answer of a fan-out, as it happens or at its end."""
     if stream:
-        return Answer(shown.stream(told), content_type=Native.stream_type, headers=UNBUFFERED, close=told.close)
+        first = list(itertools.islice(told, 1))  # by then a run has begun, and the headers can tell how
+        body = shown.stream(itertools.chain(first, told))
+        return Answer(body, content_type=Native.stream_type, headers=UNBUFFERED, close=told.close)
     with contextlib.closing(told):
         return Answer(shown.whole(told))
 
 
 CHAT_ERRORS = (Invalid, UnknownModel, NotFound, Conflict, BackendAuth, RateLimited, BackendUnavailable, BackendFailed,
                StoreUnavailable, TimedOut, Canceled)
-CHAT_HEADERS = ("X-Clinvk-Backend", "X-Clinvk-Ignored")
+CHAT_HEADERS = ("X-Clinvk-Backend", "X-Clinvk-Ignored", "X-Clinvk-Start")
 
 
 @route("POST", "/openai/v1/chat/completions", "/v1/chat/completions", body=ChatRequest, answer=ChatCompletion,
@@ -6272,7 +6927,7 @@ def shown_session(session: Session) -> Json:
     """A session as clients see it."""
     shown = {**vars(session), "created_at": utc(session.created_at), "last_used": utc(session.last_used),
              "token_usage": {**native_usage(Usage()), **session.token_usage}}
-    kept_back = ("system_prompt", "has_begun", "sandbox_mode", "turn")
+    kept_back = ("system_prompt", "has_begun", "sandbox_mode", "turn", "held")
     return {name: value for name, value in shown.items() if name not in kept_back}
 
 
@@ -6286,7 +6941,7 @@ def session_by_id(server: Server, call: Call) -> Answer:
 def delete_session(server: Server, call: Call) -> Answer:
     """Delete a session, and the conversation that its CLI has stored."""
     session = server.store.find(call.name)
-    server.store.remove(session.id)
+    server.store.remove(session)
     left = server.forget(session)
     return json_answer({"deleted": True, "id": session.id, **({"warning": left} if left else {})})
 
@@ -6547,6 +7202,9 @@ HEADERS = {
     "x-should-retry": "`false`: the CLI has been asked already, so that SDKs must not repeat the request.",
     "X-Clinvk-Backend": "The backend that answers.",
     "X-Clinvk-Ignored": "Fields of the request that are without effect.",
+    "X-Clinvk-Start": "How the CLI came to be there: `cold`, it was started; `spare`, it had been started before; "
+                      "`live`, it had given the conversation's last answer. Of several runs, each way once. A stream "
+                      "that began before any CLI was there does not tell.",
     "X-Clinvk-Estimate": "`true`: the count is an estimate.",
     "Retry-After": "Seconds after which to try again.",
     "WWW-Authenticate": "Bearer: send a key."}
@@ -6724,7 +7382,7 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
         environ[STOP] = Stop(environ.get("waitress.client_disconnected", lambda: False), server.closing)
         ran = environ[RAN] = []
         answer = answer_or_error(server, router, head, request_id)
-        answer.headers.update(headers_of_every_answer(server.config, head, request_id))
+        answer.headers.update({**headers_of_runs(ran), **headers_of_every_answer(server.config, head, request_id)})
         start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", list(answer.headers.items()))
         if head.method == "HEAD":
             answer.body = []
@@ -6737,8 +7395,14 @@ def headers_of_every_answer(config: Config, head: Head, request_id: str) -> Dict
             **cors_headers(config, head)}
 
 
+def headers_of_runs(ran: Iterable[Ran]) -> Dict[str, str]:
+    """How the CLIs came to be there that have begun by now; each way once."""
+    starts = dict.fromkeys(one.start for one in ran if one.began)
+    return {"X-Clinvk-Start": ", ".join(starts)} if starts else {}
+
+
 STOP = "clinvk.stop"  # the request's Stop in WSGI's environ
-RAN = "clinvk.ran"  # its runs that are over
+RAN = "clinvk.ran"  # its runs
 
 
 class Sent:
@@ -6859,12 +7523,16 @@ METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 
 def request_ended(server: Server, head: Head, status: int, request_id: str, began: float,
                   ran: Sequence[Ran] = ()) -> None:
-    """Count it, and write its one log line; never a prompt, an answer or a key."""
+    """Count it, and write its one log line; never a prompt, an answer or a key. What it needed may be needed again."""
     seconds = time.monotonic() - began
+    ran = [one for one in ran if one.began]
     method = head.method if head.method in METHODS else "other"
     server.metrics.request_ended(method, pattern_of(routed_path(head)), status, seconds)
     shown = [loggable(text, server.config.keys) for text in (head.method, head.path, request_id)]
     runs = [[one for one in ran if one.backend == name] for name in dict.fromkeys(one.backend for one in ran)]
+    for one in ran:
+        if one.status == "success" and one.request:
+            server.spares.want(one.request)
     LOG.info("%s %s %s %d %.0f ms %s%s", client_address(server.config, head) or "-", *shown[:2], status,
              1000 * seconds, shown[2], "".join(map(told_of, runs)))
 
@@ -7380,6 +8048,8 @@ def run_server(server: Server, listening: Any) -> int:
         signal.signal(number, functools.partial(stop_serving, server))
     try:
         announce(server.config, listening)
+        if server.config.server.spares_at_start:
+            server.want_spares()
         for chore in (server.look_up_versions, server.expire_sessions, server.renew_keys):
             threading.Thread(target=chore, name=chore.__name__, daemon=True).start()
         listening.run()  # until SystemExit; it returns once its threads have ended, or after 5 s
@@ -7420,8 +8090,6 @@ def announce(config: Config, listening: Any) -> None:
 
 def warnings_of(config: Config, hosts: Iterable[str]) -> Iterator[str]:
     """What is allowed, but may not be meant; `hosts` are the addresses that are listened on."""
-    if without_effect(config):
-        yield f"without effect in clinvk {__version__} yet: {', '.join(without_effect(config))}"
     exposed = [host for host in hosts if not is_loopback(host)]
     if exposed and not config.keys:
         yield (f"{', '.join(exposed)} can be reached from other machines, and there are no API keys: whoever reaches "

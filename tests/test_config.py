@@ -286,16 +286,6 @@ def test_backends_that_can_not_be_are_refused(refusal: Refusal, tmp_path: Path, 
     assert line.startswith(f"{tmp_path / 'clinvk.yaml'}: ") and all(word in line for word in told)
 
 
-def test_settings_without_effect_yet_are_named_at_the_start(serve: Callable[..., Any]) -> None:
-    server = serve(config={"server": {"live_conversations": 1, "max_waiting_runs": 3, "spares": 1}})
-    told = eventually(lambda: re.search("warning: without effect .*: (.*)", server.stderr))
-    assert told.group(1) == "server.spares, server.live_conversations"
-
-
-def test_every_setting_without_effect_yet_is_one_of_the_config() -> None:
-    assert clinvk.without_effect(clinvk.Config()) == []
-
-
 @pytest.fixture
 def gopass(fake_cli: Callable[..., str], tmp_path: Path) -> Callable[[str], Dict[str, str]]:
     """`gopass(script)`: an environment in which a script is what `gopass` runs; {} takes gopass away."""
