@@ -2072,6 +2072,11 @@ class Claude(JsonLines):
         by_sandbox = {"read-only": "plan", "full": "bypassPermissions"}
         return by_sandbox.get(request.sandbox_mode) or self.PERMISSION[request.approval_mode]
 
+    def greet(self, mouth: Mouth) -> None:
+        """One that waits is to say when it is there."""
+        if self.waits:
+            mouth.say(control("apply_flag_settings", settings={}))
+
     def ask(self, request: Settled, mouth: Mouth) -> None:
         self.grants = grants_leave(request)
         first: Json = {}
@@ -3501,6 +3506,12 @@ class Child:
     def is_there(self) -> bool:
         return self.process.poll() is None
 
+    def has_printed(self) -> bool:
+        """Whether there is something on stdout that has not been read."""
+        poll = select.poll()
+        poll.register(self.pipes()[0], select.POLLIN)
+        return bool(poll.poll(0))
+
     def begin_turn(self) -> None:
         """What it prints from now on is of another turn."""
         self.printed, self.stderr = 0, b""
@@ -3812,11 +3823,14 @@ class Spare:
     family: FrozenSet[int] = frozenset()  # its processes, before a tool of the present turn has run
     weighed: bool = False  # its memory is within bounds
     stored: str = ""  # of its conversation, once that is whole
-    began: float = dataclasses.field(default_factory=time.monotonic)
     since: float = dataclasses.field(default_factory=time.monotonic)  # when it last began to wait
 
     START_SECS: ClassVar[float] = 20.0  # for a CLI to start, on a busy machine
     HEEDS_SECS: ClassVar[float] = 3.0  # for one that has started to answer us
+
+    def is_starting(self) -> bool:
+        """Until it has answered to its greeting."""
+        return self.start == "spare" and not self.child.has_printed()
 
     def ask(self, request: Settled) -> None:
         self.child.begin_turn()
@@ -3829,7 +3843,7 @@ class Spare:
 
     def heeds_by(self) -> float:
         """When it must have answered us, or hangs."""
-        return max(time.monotonic() + self.HEEDS_SECS, self.began + self.START_SECS)
+        return time.monotonic() + (self.START_SECS if self.is_starting() else self.HEEDS_SECS)
 
     def processes(self) -> FrozenSet[int]:
         return frozenset(process.pid for process in descendants(self.child.process, self.child.mark))
@@ -3883,7 +3897,6 @@ class Spares:
     LOOK_SECS = 1.0  # between two looks at those that wait
     HOLDS_SECS = 0.25  # if one has a session's conversation, which another server may ask for
     STORED_SECS = 0.2  # after which a CLI has stored a turn
-    SETTLING_SECS = 3.0  # for which a CLI that starts slows others
     CONTEXT_TOKENS = 100_000  # of a conversation: beyond, CLIs begin to shorten it
     MEMORY_BYTES = 768 * 2**20  # of one CLI and its descendants
 
@@ -3906,7 +3919,7 @@ class Spares:
         with self.changed:
             found = self.live_one_locked(request) or self.fresh_one_locked(request)
             unfit = [] if found else self.in_the_way_locked(request)
-        for leaving in [self.end(spare) for spare in unfit]:
+        for leaving in self.retire(unfit):
             if request.resume:
                 leaving.join()  # it has the conversation
         return found
@@ -3932,11 +3945,11 @@ class Spares:
     def in_the_way_locked(self, request: Settled) -> List[Spare]:
         """What must go before a CLI is started: one that has the conversation, and does not fit; and what is only just
         being started, which is put off."""
-        latest = time.monotonic() - self.SETTLING_SECS
         talk = request.conversation
         stuck = [spare for spare in self.live if talk and talk.session_id and spare.session_id == talk.session_id]
         self.live = [spare for spare in self.live if spare not in stuck]
-        return stuck + [self.fresh.pop(name) for name, spare in list(self.fresh.items()) if spare.began > latest]
+        hasty = [name for name, spare in self.fresh.items() if spare.is_starting()]
+        return stuck + [self.fresh.pop(name) for name in hasty]
 
     def keep(self, spare: Spare, request: Settled, heard: Heard) -> bool:
         """Whether the CLI waits, from now on, for the next turn of the conversation; else it is still the caller's."""
@@ -3955,8 +3968,7 @@ class Spares:
             surplus = max(0, len(self.live) + 1 - self.settings.live_conversations)
             crowded, self.live = self.live[:surplus], [*self.live[surplus:], spare]
             self.tend_locked()
-        for other in crowded:
-            self.end(other)
+        self.retire(crowded)
         return True
 
     def want(self, request: Settled) -> None:
@@ -3973,14 +3985,15 @@ class Spares:
             for other in surplus:
                 del self.wanted[other]
             self.tend_locked()
-        for spare in ended:
-            self.end(spare)
+        self.retire(ended)
 
-    def end(self, spare: Spare, then: Callable[[], None] = nothing, *, patience: float = 0.0) -> threading.Thread:
+    def end(self, spare: Spare, then: Callable[[], None], *, patience: float) -> threading.Thread:
         """End it in a thread of its own, and call `then` when nothing is left of it."""
-        if spare.session_id and spare.start == "live":
-            patience = PATIENCE  # it stores the conversation
         return self.children.dismiss(spare.child, functools.partial(self.is_gone, spare, then), patience=patience)
+
+    def retire(self, spares: Iterable[Spare]) -> List[threading.Thread]:
+        """End those that wait no longer; one with a session's conversation stores that."""
+        return [self.end(spare, nothing, patience=PATIENCE if spare.session_id else 0.0) for spare in spares]
 
     def is_gone(self, spare: Spare, then: Callable[[], None]) -> None:
         try:
@@ -3995,7 +4008,7 @@ class Spares:
         with self.changed:
             ended = [spare for spare in self.live if spare.session_id == session_id]
             self.live = [spare for spare in self.live if spare not in ended]
-        for leaving in [self.end(spare) for spare in ended]:
+        for leaving in self.retire(ended):
             leaving.join()
 
     # ---- The thread that tends them
@@ -4009,15 +4022,14 @@ class Spares:
     def tend(self) -> None:
         """Start what is wanted when no run is going on, and end what waits in vain."""
         while not self.closing.is_set():
-            for spare in self.outdated():
-                self.end(spare)
+            self.retire(self.outdated())
             with self.changed:
                 missing = [request for name, request in self.wanted.items() if name not in self.fresh]
+                held = any(spare.session_id for spare in self.live)
+                pause = self.HOLDS_SECS if held else self.LOOK_SECS if missing or self.fresh or self.live else None
                 if not missing:
-                    held = any(spare.session_id for spare in self.live)
-                    waiting = bool(self.fresh or self.live)
-                    self.changed.wait(self.HOLDS_SECS if held else self.LOOK_SECS if waiting else None)
-            if missing and self.slots.wait_until_idle(TICK):
+                    self.changed.wait(pause)
+            if missing and self.slots.wait_until_idle(pause or 0.0):
                 self.start(missing[-1])
 
     def outdated(self) -> List[Spare]:
@@ -4036,6 +4048,8 @@ class Spares:
             self.live = [spare for spare in self.live if spare not in unfit]
             for name in [name for name, spare in self.fresh.items() if spare in unfit]:
                 spare = self.fresh.pop(name)
+                if not spare.child.is_there:
+                    LOG.warning("a %s that waited for a request has ended by itself", name)
                 if short or spare.is_current() or not spare.child.is_there or self.is_overdue(spare):
                     self.wanted.pop(name, None)  # else one is that reads what has changed
         return ended
@@ -4062,14 +4076,14 @@ class Spares:
                 self.fresh[name] = spare
                 return
             self.wanted.pop(name, None)
-        if spare:
-            self.end(spare)
+        self.retire([spare] if spare else [])
 
     def ready_for(self, request: Settled) -> Optional[Spare]:
         try:
             backend = self.backend_of(request.backend)
             backend.waits = True
-            spare = started(request, backend, self.children, Stop(closing=self.closing))
+            stop = Stop(closing=self.closing).allow(Spare.START_SECS)
+            spare = started(request, backend, self.children, stop)
         except (ClinvkError, OSError) as error:
             LOG.warning("no %s is started for the next request: %s", request.backend, error)
             return None
@@ -4083,8 +4097,7 @@ class Spares:
             waiting = [*self.fresh.values(), *self.live]
             self.fresh, self.live = {}, []
             self.changed.notify_all()
-        for spare in waiting:
-            self.end(spare)
+        self.retire(waiting)
 
 
 class Holds(Protocol):
@@ -4125,8 +4138,6 @@ def memory_of(pids: Iterable[int]) -> int:
     listed = subprocess.run(["ps", "-o", "rss=", "-p", ",".join(map(str, pids))], capture_output=True, text=True,
                             check=False).stdout
     return sum(int(kilobytes) * 1024 for kilobytes in listed.split())
-
-
 
 
 # ==== Runs ========================================================================================
@@ -4294,12 +4305,13 @@ def turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Sto
 
 def answered_by(request: Settled, spare: Spare, stop: Stop) -> Iterator[Event]:
     """The events of one turn. Raises Unfit if the CLI had waited, and fails before anything comes of the answer."""
+    heeds_by = math.inf if spare.start == "cold" else spare.heeds_by()
     spare.ask(request)
+    events = told_by(spare.backend, spare.child, stop, heeds_by=heeds_by)
     if spare.start == "cold":
-        yield from told_by(spare.backend, spare.child, stop, heeds_by=math.inf)
+        yield from events
         return
     held: List[Event] = []
-    events = told_by(spare.backend, spare.child, stop, heeds_by=spare.heeds_by())
     for event in events:
         if isinstance(event, Failure) and is_unfit(spare.backend, event.error, request):
             raise Unfit(str(event.error))
