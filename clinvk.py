@@ -1645,6 +1645,8 @@ class Backend:
     can_wait: ClassVar[bool] = False  # for its first request, and for the next turn of a conversation
     noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
     CREDENTIALS: ClassVar[Tuple[str, ...]] = ()  # files in its own home: its login and settings, read at its start
+    MEMORY: ClassVar[Tuple[str, ...]] = ()  # files in its home that the agent has read, too
+    IN_WORKDIR: ClassVar[Tuple[str, ...]] = ()  # those of the directory in which it runs
     USER_HOME: ClassVar[Tuple[str, str]] = ("", "")  # what variable names the CLI's own home; else where in HOME it is
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
@@ -1730,11 +1732,15 @@ class Backend:
         """What changes when another process goes on with the conversation; "" if none can."""
         return ""
 
-    def stamps(self, *, isolated: bool) -> Tuple[str, ...]:
-        """What changes with the files that the CLI reads at its start: program, login and settings."""
+    def stamps(self, workdir: str) -> Tuple[str, ...]:
+        """What changes with the files that the CLI reads at its start: program, login and settings; and, of the agent in
+        `workdir` ("": it is the model), its memory."""
         home = self.user_home() if self.USER_HOME[0] else Path()
         files = [Path(word) for word in self.program if os.path.isabs(word)]
-        return tuple(file_stamp(file) for file in [*files, *(home / name for name in self.CREDENTIALS)])
+        files += [home / name for name in self.CREDENTIALS]
+        if workdir:
+            files += [*(home / name for name in self.MEMORY), *(Path(workdir, name) for name in self.IN_WORKDIR)]
+        return tuple(map(file_stamp, files))
 
     def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
         """The events in a piece of stdout. What the CLI asks of us is answered through `mouth`."""
@@ -2016,6 +2022,9 @@ class Claude(JsonLines):
     stores_at_exit = True
     can_wait = True
     CREDENTIALS = (".credentials.json", "settings.json")
+    MEMORY = ("CLAUDE.md",)
+    IN_WORKDIR = ("CLAUDE.md", "CLAUDE.local.md", ".mcp.json", ".claude/CLAUDE.md", ".claude/settings.json",
+                  ".claude/settings.local.json")
     EFFORTS: ClassVar[Dict[str, str]] = {"minimal": "low", "low": "low", "medium": "medium", "high": "high",
                                          "xhigh": "max", "max": "max"}
     AGENT = "clinvk-9e41"  # nobody's own: it would be taken in place of ours
@@ -2404,6 +2413,8 @@ class Codex(JsonRpc):
     stores_at_exit = True
     can_wait = True
     CREDENTIALS = ("auth.json", "config.toml")
+    MEMORY = ("AGENTS.md",)
+    IN_WORKDIR = ("AGENTS.md", ".codex/config.toml")
     SANDBOX = {"read-only": "read-only", "workspace": "workspace-write", "full": "danger-full-access"}
     EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"})
     LONGEST = 1_048_576  # characters of a prompt
@@ -2755,6 +2766,8 @@ class Gemini(JsonRpc):
     can_wait = True
     CREDENTIALS = tuple(f".gemini/{name}" for name in ("oauth_creds.json", "google_accounts.json",
                                                        "gemini-credentials.json", ".env"))
+    MEMORY = (".gemini/GEMINI.md", ".gemini/settings.json")
+    IN_WORKDIR = ("GEMINI.md", ".gemini/settings.json")
     MODEL = "flash"  # of the model way, if none is said: "auto" asks the provider first which one to take
     COMMANDS = re.compile(r"\s*[/$]\s*(memory|extensions|init|restore|about|help)(\s|$)")
     LINKED = ("oauth_creds.json", "google_accounts.json", "gemini-credentials.json", "installation_id", ".env")
@@ -2824,12 +2837,10 @@ class Gemini(JsonRpc):
         argv += [*option("-m", self.started_with), *self.own_flags, *request.extra]
         return Command(argv, request.workdir, env)
 
-    def stamps(self, *, isolated: bool) -> Tuple[str, ...]:
-        """The model way takes two settings from the user's, which gemini itself writes anew now and then."""
-        file = self.user_home() / ".gemini" / "settings.json"
-        users = read_json_with_comments(file) if isolated else {}
-        settings = json.dumps([users.get("security"), users.get("model")]) if isolated else file_stamp(file)
-        return (*super().stamps(isolated=isolated), settings)
+    def stamps(self, workdir: str) -> Tuple[str, ...]:
+        """Of the user's settings, which gemini itself writes anew now and then, the model way takes two."""
+        users = {} if workdir else read_json_with_comments(self.user_home() / ".gemini" / "settings.json")
+        return (*super().stamps(workdir), json.dumps([users.get("security"), users.get("model")]))
 
     def stored(self) -> str:
         files = loadable_files(self.chats(), self.session) or chat_files(self.chats(), self.session)
@@ -3815,7 +3826,7 @@ class Spare:
     backend: Backend
     child: Child
     stamps: Tuple[str, ...]  # of what it has read at its start
-    isolated: bool
+    workdir: str  # of an agent; "" if it is the model
     fits: Tuple[Any, ...] = ()  # what a request must have in common with the conversation
     start: Literal["cold", "spare", "live"] = "cold"  # how it came to be there, to who takes it
     conversation: str = ""  # what its conversation goes by; "": it has had none
@@ -3851,21 +3862,22 @@ class Spare:
     def is_current(self) -> bool:
         """Whether it lives, one that is started now would read the same, and nobody else has gone on with its
         conversation."""
-        return (self.child.is_there and self.stamps == self.backend.stamps(isolated=self.isolated) and
+        return (self.child.is_there and self.stamps == self.backend.stamps(self.workdir) and
                 self.stored in ("", self.backend.stored()))
 
 
 def started(request: Settled, backend: Backend, children: Children, stop: Stop) -> Spare:
     """Start the CLI for a request, or for one like it, and greet it. Raises a ClinvkError if that can not be done."""
+    workdir = "" if request.isolated else request.workdir
     try:
-        stamps = backend.stamps(isolated=request.isolated)
+        stamps = backend.stamps(workdir)
         backend.prepare(request, functools.partial(output_of, children, stop))
         child = children.start(backend.command(request))
     except BaseException:
         backend.clean_up()
         raise
     backend.greet(child)
-    return Spare(backend, child, stamps, request.isolated)
+    return Spare(backend, child, stamps, workdir)
 
 
 class Heard:
