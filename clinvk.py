@@ -1733,8 +1733,8 @@ class Backend:
         return ""
 
     def stamps(self, workdir: str) -> Tuple[str, ...]:
-        """What changes with the files that the CLI reads at its start: program, login and settings; and, of the agent in
-        `workdir` ("": it is the model), its memory."""
+        """What changes with the files that the CLI reads at its start: program, login and settings; of the agent, which
+        runs in `workdir` ("": it is the model), also its memory."""
         home = self.user_home() if self.USER_HOME[0] else Path()
         files = [Path(word) for word in self.program if os.path.isabs(word)]
         files += [home / name for name in self.CREDENTIALS]
@@ -4289,7 +4289,8 @@ class Unfit(Exception):
 def turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Stop) -> Events:
     """Ask, and pass on what the CLI says until its answer is complete; then it waits for the next turn, or goes. The
     slot is given back. Raises Unfit, and keeps the slot."""
-    heard, done, then = Heard(), cast(Optional[Done], None), slots.release
+    done: Optional[Done] = None
+    heard, then = Heard(), slots.release
     try:
         for event in answered_by(request, spare, stop):
             heard.add(event)
@@ -4883,12 +4884,16 @@ class Store:
 
     def remove(self, session: Session) -> None:
         """Raises Conflict if a turn of it is running."""
-        _, session = self.begin(session, is_new=False)
+        before, active = self.begin(session, is_new=False)
         try:
             with self.write() as db:
                 db.execute("DELETE FROM sessions WHERE id = ?", (session.id,))
+        except StoreUnavailable:
+            with contextlib.suppress(StoreUnavailable):
+                self.put_back(session.id, before)
+            raise
         finally:
-            self.release(session.turn, created=False)
+            self.release(active.turn, created=False)
 
     def expire(self, before: float) -> int:
         """Delete up to AT_ONCE sessions that were last used before then; how many it were."""
