@@ -3887,6 +3887,7 @@ class Heard:
         self.text, self.characters, self.spoken = hashlib.sha256(), 0, False
         self.tokens = 0  # of the conversation, as the provider counts them
         self.used_tools = False
+        self.model = ""  # that the CLI has named
         self.done = Done(-1)
 
     def add(self, event: Event) -> None:
@@ -3899,6 +3900,8 @@ class Heard:
             self.tokens = event.usage.all_input + event.usage.output_tokens
         elif isinstance(event, ToolUse):
             self.used_tools = True
+        elif isinstance(event, Init):
+            self.model = event.model
         elif isinstance(event, Done):
             self.done = event
 
@@ -3971,6 +3974,8 @@ class Spares:
                 size < self.CONTEXT_TOKENS and spare.is_current() and
                 not (heard.used_tools and spare.processes() - spare.family)):
             return False
+        if talk.session_id:  # its next turn names the model that it has
+            request = dataclasses.replace(request, model=request.model or heard.model)
         spare.start, spare.fits, spare.since = "live", request.standing, time.monotonic()
         spare.weighed, spare.stored = False, ""
         spare.conversation, spare.session_id = talk.after(heard.text.hexdigest()), talk.session_id
