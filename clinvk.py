@@ -1662,6 +1662,7 @@ class Backend:
         """A name for one, if the CLI lets us choose it."""
         return ""
 
+    @functools.cached_property
     def user_home(self) -> Path:
         """The CLI's own home, as the CLI itself finds it."""
         variable, directory = self.USER_HOME
@@ -1736,7 +1737,7 @@ class Backend:
     def stamps(self, workdir: str) -> Tuple[str, ...]:
         """What changes with the files that the CLI reads at its start: program, login and settings; of the agent, which
         runs in `workdir` ("": it is the model), also its memory."""
-        home = self.user_home() if self.USER_HOME[0] else Path()
+        home = self.user_home if self.USER_HOME[0] else Path()
         files = [Path(word) for word in self.program if os.path.isabs(word)]
         files += [home / name for name in self.CREDENTIALS]
         if workdir:
@@ -2076,7 +2077,7 @@ class Claude(JsonLines):
 
     def transcripts(self, session_id: str) -> List[Path]:
         """Where claude has stored a conversation; none, or one."""
-        return list(self.user_home().glob(f"projects/*/{session_id}.jsonl"))
+        return list(self.user_home.glob(f"projects/*/{session_id}.jsonl"))
 
     def permission_mode(self, request: Settled) -> str:
         by_sandbox = {"read-only": "plan", "full": "bypassPermissions"}
@@ -2247,7 +2248,7 @@ class Claude(JsonLines):
         for transcript in self.transcripts(session_id):
             transcript.unlink()
             shutil.rmtree(transcript.with_suffix(""), ignore_errors=True)  # of its subagents, if there were any
-        shutil.rmtree(self.user_home() / "session-env" / session_id, ignore_errors=True)
+        shutil.rmtree(self.user_home / "session-env" / session_id, ignore_errors=True)
 
     def permission(self, message: Json) -> Json:
         """The answer to what claude asks of us: leave for a tool, as the approval mode says; all else is refused."""
@@ -2471,7 +2472,7 @@ class Codex(JsonRpc):
             if self.keeps_sandbox(request):
                 self.default_sandbox = self.configured_sandbox(request, output_of)
             return
-        own, users = own_directory(self.config, "codex"), self.user_home()
+        own, users = own_directory(self.config, "codex"), self.user_home
         link(users / "auth.json", own / "auth.json")
         stamp = f"# from {file_stamp(users / 'config.toml')}, clinvk {__version__}, {shlex.join(self.program)}\n"
         target = own / "config.toml"
@@ -2571,7 +2572,7 @@ class Codex(JsonRpc):
     def trusts(self, workdir: str) -> bool:
         """Whether the user's config says something of this directory, or of one above it."""
         with contextlib.suppress(OSError):
-            text = (self.user_home() / "config.toml").read_text(encoding="utf-8", errors="replace")
+            text = (self.user_home / "config.toml").read_text(encoding="utf-8", errors="replace")
             return any(json.dumps(str(place)) in text for place in (Path(workdir), *Path(workdir).parents))
         return False
 
@@ -2819,7 +2820,7 @@ class Gemini(JsonRpc):
         return f"{request.system_prompt}\n\n{request.prompt}"
 
     def command(self, request: Settled) -> Command:
-        users = read_json_with_comments(self.user_home() / ".gemini" / "settings.json")
+        users = read_json_with_comments(self.user_home / ".gemini" / "settings.json")
         self.refuse_without_login(users)
         self.scratch = scratch_directory(self.config)
         env = child_environ(self.config, self.name, GEMINI_CLI_NO_RELAUNCH="true", NO_BROWSER="true",
@@ -2840,7 +2841,7 @@ class Gemini(JsonRpc):
 
     def stamps(self, workdir: str) -> Tuple[str, ...]:
         """Of the user's settings, which gemini itself writes anew now and then, the model way takes two."""
-        users = {} if workdir else read_json_with_comments(self.user_home() / ".gemini" / "settings.json")
+        users = {} if workdir else read_json_with_comments(self.user_home / ".gemini" / "settings.json")
         return (*super().stamps(workdir), json.dumps([users.get("security"), users.get("model")]))
 
     def stored(self) -> str:
@@ -2854,8 +2855,8 @@ class Gemini(JsonRpc):
         """A gemini home in which there is nothing but the login."""
         (home / ".gemini").mkdir(mode=0o700)
         for name in self.LINKED:
-            link(self.user_home() / ".gemini" / name, home / ".gemini" / name)
-        link(self.user_home() / ".env", home / ".env")
+            link(self.user_home / ".gemini" / name, home / ".gemini" / name)
+        link(self.user_home / ".env", home / ".env")
         self.auth = (users.get("security") or {}).get("auth")
 
     def write_settings(self, request: Settled) -> None:
@@ -2878,8 +2879,8 @@ class Gemini(JsonRpc):
     def refuse_without_login(self, users: Json) -> None:
         """A login with Google that is missing makes gemini ask for a code, for ever."""
         chosen = ((users.get("security") or {}).get("auth") or {}).get("selectedType")
-        login = read_json_with_comments(self.user_home() / ".gemini" / "oauth_creds.json")
-        elsewhere = (self.user_home() / ".gemini" / "gemini-credentials.json").exists()
+        login = read_json_with_comments(self.user_home / ".gemini" / "oauth_creds.json")
+        elsewhere = (self.user_home / ".gemini" / "gemini-credentials.json").exists()
         if chosen == "oauth-personal" and not login.get("refresh_token") and not elsewhere:
             raise self.logged_out("no login with Google is stored")
 
@@ -2897,7 +2898,7 @@ class Gemini(JsonRpc):
 
     def chats(self) -> Path:
         """Where gemini stores conversations, in a directory per project."""
-        return self.user_home() / ".gemini" / "tmp"
+        return self.user_home / ".gemini" / "tmp"
 
     def ask(self, request: Settled, mouth: Mouth) -> None:
         self.request, self.grants = request, grants_leave(request)
@@ -3247,12 +3248,14 @@ def read_json_with_comments(file: Path) -> Json:
 def own_directory(config: Config, name: str) -> Path:
     """A directory in clinvk's home; both are made if need be, then for nobody else to read. A home that others share
     stays open to them if it was chosen by CLINVK_HOME."""
-    config.home.parent.mkdir(parents=True, exist_ok=True)
-    config.home.mkdir(mode=0o700, exist_ok=True)
+    directory = config.home / name
+    if not directory.is_dir():
+        config.home.parent.mkdir(parents=True, exist_ok=True)
+        config.home.mkdir(mode=0o700, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
     if not config.environ.get("CLINVK_HOME") and config.home.stat().st_mode & 0o077:
         config.home.chmod(0o700)
-    (config.home / name).mkdir(mode=0o700, exist_ok=True)
-    return config.home / name
+    return directory
 
 
 def link(source: Path, target: Path) -> None:
