@@ -4075,15 +4075,19 @@ class Spares:
 
     def tend(self) -> None:
         """Start what is wanted when no run is going on, and end what waits in vain."""
+        looked_at = 0.0
         while not self.closing.is_set():
-            self.retire(self.outdated())
             with self.changed:
                 missing = [request for name, request in self.wanted.items() if name not in self.fresh]
                 held = any(spare.session_id for spare in self.live)
-                pause = self.HOLDS_SECS if held else self.LOOK_SECS if missing or self.fresh or self.live else None
-                if not missing:
-                    self.changed.wait(pause)
-            if missing and self.slots.wait_until_idle(pause or 0.0):
+                pause = self.HOLDS_SECS if held else self.LOOK_SECS if missing or self.fresh or self.live else math.inf
+                rest = looked_at + pause - time.monotonic()
+                if rest > 0 and not missing:
+                    self.changed.wait(min(rest, threading.TIMEOUT_MAX))
+            if rest <= 0:  # a look takes 1.5 ms: too long for the end of each request
+                self.retire(self.outdated())
+                looked_at = time.monotonic()
+            elif missing and self.slots.wait_until_idle(rest):
                 self.start(missing[-1])
 
     def outdated(self) -> List[Spare]:
