@@ -2793,6 +2793,7 @@ class Gemini(JsonRpc):
         self.limit: Optional[Tuple[str, int]] = None  # the max_tokens that its settings have, and for which model
         self.begun = False  # the session is open
         self.anew = False  # nothing of the conversation to go on with has been stored: it begins only now
+        self.loaded = False  # its session is one that another process began
         self.replay_end = ""  # the text that a replay of the conversation ends with; "" once it has
         self.silent_ticks = 0  # since something was last heard of the session
         self.prompted = False  # nothing that comes before is part of the answer
@@ -2914,7 +2915,8 @@ class Gemini(JsonRpc):
 
     def open_session(self, request: Settled, mouth: Mouth) -> None:
         place = {"cwd": self.place or request.workdir, "mcpServers": []}
-        if request.resume and not self.anew:
+        self.loaded = bool(request.resume) and not self.anew
+        if self.loaded:
             self.call(mouth, "session/load", {"sessionId": request.resume, **place}, self.session_begun)
         else:
             self.call(mouth, "session/new", place, self.session_begun)
@@ -2932,8 +2934,7 @@ class Gemini(JsonRpc):
 
     def session_begun(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
         assert self.request
-        goes_on = self.request.resume and not self.anew
-        self.session = self.request.resume if goes_on else reply["sessionId"]
+        self.session = self.request.resume if self.loaded else reply["sessionId"]
         self.begun, self.silent_ticks = True, 0
         self.model = self.model_of(self.request) or (reply.get("models") or {}).get("currentModelId") or ""
         yield Init(self.model, self.session, self.request.workdir)
@@ -3079,8 +3080,8 @@ class Gemini(JsonRpc):
         with a name of ours, and what was stored besides is none."""
         super().clean_up()
         if self.request and not self.request.isolated:
-            begun_here = self.request.keeps and self.session != self.request.resume
-            for session in (self.first_session, *([] if begun_here else [self.session])):
+            begun_here = [self.session] if self.request.keeps and not self.loaded else []
+            for session in {self.first_session, self.session}.difference(begun_here):
                 for file in chat_files(self.chats(), session):
                     file.unlink()
 
@@ -3536,6 +3537,11 @@ class Child:
         poll.register(self.pipes()[0], select.POLLIN)
         return bool(poll.poll(0))
 
+    def pending(self) -> List[bytes]:
+        """What is on stdout and has not been read."""
+        pipe = self.pipes()[0]
+        return [data for data in map(self.read, [pipe] * self.READS_OF_A_FULL_PIPE) if data]
+
     def begin_turn(self) -> None:
         """What it prints from now on is of another turn."""
         self.printed, self.stderr = 0, b""
@@ -3899,7 +3905,17 @@ class Spare:
         """Whether it lives, one that is started now would read the same, and nobody else has gone on with its
         conversation."""
         return (self.child.is_there and self.stamps == self.backend.stamps(self.workdir) and
-                self.stored in ("", self.backend.stored()))
+                not (self.stored and self.stored != self.backend.stored()))
+
+    def can_go_on(self, turn: Settled) -> bool:
+        return self.is_current() and not self.goes_on_by_itself() and not self.backend.refuses(turn)
+
+    def goes_on_by_itself(self) -> bool:
+        """Whether it has said something since its answer: it would be taken for the next one."""
+        try:
+            return any(True for data in self.child.pending() for _ in self.backend.read(data, self.child))
+        except ClinvkError:
+            return True
 
 
 def started(request: Settled, backend: Backend, children: Children, stop: Stop) -> Spare:
@@ -3923,7 +3939,6 @@ class Heard:
         self.text, self.characters, self.spoken = hashlib.sha256(), 0, False
         self.tokens = 0  # of the conversation, as the provider counts them
         self.used_tools = False
-        self.model = ""  # that the CLI has named
         self.done = Done(-1)
 
     def add(self, event: Event) -> None:
@@ -3936,8 +3951,6 @@ class Heard:
             self.tokens = event.usage.all_input + event.usage.output_tokens
         elif isinstance(event, ToolUse):
             self.used_tools = True
-        elif isinstance(event, Init):
-            self.model = event.model
         elif isinstance(event, Done):
             self.done = event
 
@@ -3955,11 +3968,12 @@ class Spares:
                  holds: Holds, backend_of: Callable[[str], Backend]) -> None:
         self.settings, self.children, self.slots, self.closing = settings, children, slots, closing
         self.holds, self.backend_of = holds, backend_of
-        self.changed = threading.Condition()  # guards the rest
+        self.changed = threading.Condition(threading.RLock())  # guards the rest
         self.fresh: Dict[str, Spare] = {}  # backend -> its spare
         self.live: List[Spare] = []  # the one that answered last comes last
         self.wanted: Dict[str, Settled] = {}  # backend -> a request like those to come; the last one comes last
         self.wanted_at: Dict[str, float] = {}  # backend -> when that came
+        self.leaving: Dict[str, threading.Thread] = {}  # session -> who sees off the process that has it
         self.keeper: Optional[threading.Thread] = None
         self.starting = threading.Lock()  # held while a spare is being started
 
@@ -3969,10 +3983,10 @@ class Spares:
         """A CLI that this request can go on with, the caller's from now on. None: one must be started."""
         with self.changed:
             found = self.live_one_locked(request) or self.fresh_one_locked(request)
-            unfit = [] if found else self.in_the_way_locked(request)
-        for leaving in self.retire(unfit):
-            if request.resume:
-                leaving.join()  # it has the conversation
+            self.retire([] if found else self.in_the_way_locked(request))
+            leaving = self.leaving.get(request.conversation.session_id) if request.conversation else None
+        if leaving:
+            leaving.join()  # it has the conversation
         return found
 
     def live_one_locked(self, request: Settled) -> Optional[Spare]:
@@ -3981,8 +3995,8 @@ class Spares:
         if not talk or not talk.before:
             return None
         for spare in self.live:
-            fits = (spare.conversation, spare.fits) == (talk.before, request.standing) and spare.is_current()
-            if fits and not spare.backend.refuses(dataclasses.replace(request, prompt=talk.turn)):
+            fits = (spare.conversation, spare.fits) == (talk.before, request.standing)
+            if fits and spare.can_go_on(dataclasses.replace(request, prompt=talk.turn)):
                 self.live.remove(spare)
                 spare.stored = ""  # the turn to come changes that
                 return spare
@@ -4011,8 +4025,6 @@ class Spares:
                 size < self.CONTEXT_TOKENS and spare.is_current() and
                 not (heard.used_tools and spare.processes() - spare.family)):
             return False
-        if talk.session_id:  # its next turn names the model that it has
-            request = dataclasses.replace(request, model=request.model or heard.model)
         spare.start, spare.fits, spare.since = "live", request.standing, time.monotonic()
         spare.weighed, spare.stored = False, ""
         spare.conversation, spare.session_id = talk.after(heard.text.hexdigest()), talk.session_id
@@ -4043,11 +4055,16 @@ class Spares:
 
     def end(self, spare: Spare, then: Callable[[], None], *, patience: float) -> threading.Thread:
         """End it in a thread of its own, and call `then` when nothing is left of it."""
-        return self.children.dismiss(spare.child, functools.partial(self.is_gone, spare, then), patience=patience)
+        with self.changed:
+            thread = self.children.dismiss(spare.child, functools.partial(self.is_gone, spare, then), patience=patience)
+            if spare.session_id:
+                self.leaving[spare.session_id] = thread
+        return thread
 
-    def retire(self, spares: Iterable[Spare]) -> List[threading.Thread]:
+    def retire(self, spares: Iterable[Spare]) -> None:
         """End those that wait no longer; one with a session's conversation stores that."""
-        return [self.end(spare, nothing, patience=PATIENCE if spare.session_id else 0.0) for spare in spares]
+        for spare in spares:
+            self.end(spare, nothing, patience=PATIENCE if spare.session_id else 0.0)
 
     def is_gone(self, spare: Spare, then: Callable[[], None]) -> None:
         try:
@@ -4055,6 +4072,9 @@ class Spares:
             if spare.session_id:
                 self.holds.let_go(spare.session_id)
         finally:
+            with self.changed:
+                if self.leaving.get(spare.session_id) is threading.current_thread():
+                    del self.leaving[spare.session_id]
             then()
 
     def let_go(self, session_id: str) -> None:
@@ -4062,7 +4082,9 @@ class Spares:
         with self.changed:
             ended = [spare for spare in self.live if spare.session_id == session_id]
             self.live = [spare for spare in self.live if spare not in ended]
-        for leaving in self.retire(ended):
+            self.retire(ended)
+            leaving = self.leaving.get(session_id)
+        if leaving:
             leaving.join()
 
     # ---- The thread that tends them
@@ -4077,18 +4099,27 @@ class Spares:
         """Start what is wanted when no run is going on, and end what waits in vain."""
         looked_at = 0.0
         while not self.closing.is_set():
-            with self.changed:
-                missing = [request for name, request in self.wanted.items() if name not in self.fresh]
-                held = any(spare.session_id for spare in self.live)
-                pause = self.HOLDS_SECS if held else self.LOOK_SECS if missing or self.fresh or self.live else math.inf
-                rest = looked_at + pause - time.monotonic()
-                if rest > 0 and not missing:
-                    self.changed.wait(min(rest, threading.TIMEOUT_MAX))
-            if rest <= 0:  # a look takes 1.5 ms: too long for the end of each request
-                self.retire(self.outdated())
-                looked_at = time.monotonic()
-            elif missing and self.slots.wait_until_idle(rest):
-                self.start(missing[-1])
+            try:
+                looked_at = self.tend_once(looked_at)
+            except Exception:
+                LOG.error("the CLIs that wait: a defect of clinvk\n%s", traceback.format_exc())
+                self.closing.wait(self.LOOK_SECS)
+
+    def tend_once(self, looked_at: float) -> float:
+        """Do the next thing that is to be done; when those that wait were last looked at."""
+        with self.changed:
+            missing = [request for name, request in self.wanted.items() if name not in self.fresh]
+            held = any(spare.session_id for spare in self.live)
+            pause = self.HOLDS_SECS if held else self.LOOK_SECS if missing or self.fresh or self.live else math.inf
+            rest = looked_at + pause - time.monotonic()
+            if rest > 0 and not missing:
+                self.changed.wait(min(rest, threading.TIMEOUT_MAX))
+        if rest <= 0:  # a look takes 1.5 ms: too long for the end of each request
+            self.retire(self.outdated())
+            return time.monotonic()
+        if missing and self.slots.wait_until_idle(rest):
+            self.start(missing[-1])
+        return looked_at
 
     def outdated(self) -> List[Spare]:
         """Those that nobody has come for, that are not as one that is started now would be, or take too much memory:
@@ -4102,6 +4133,7 @@ class Spares:
         unfit = [spare for spare in waiting if short or spare.session_id in asked_for or not spare.is_current() or
                  self.is_overdue(spare) or self.is_too_large(spare)]
         with self.changed:
+            unfit += [spare for spare in self.live if spare not in unfit and spare.goes_on_by_itself()]
             ended = [spare for spare in unfit if spare in self.live or spare in self.fresh.values()]
             self.live = [spare for spare in self.live if spare not in unfit]
             for name in [name for name, spare in self.fresh.items() if spare in unfit]:
@@ -4174,8 +4206,9 @@ SHORT = 0.1  # of the memory: with less than that to be had, nothing waits
 def memory_is_short() -> bool:
     """Whether this machine needs its memory for other things than CLIs that wait."""
     with contextlib.suppress(OSError):
-        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free, whole = (int(told[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+        told = Path("/proc/meminfo").read_text()
+        found = [re.search(rf"^{name}: +(\d+)", told, re.MULTILINE) for name in ("MemAvailable", "MemTotal")]
+        free, whole = (float(one.group(1)) if one else math.inf for one in found)
         return free < SHORT * whole
     level = ctypes.c_int(0)  # 1: normal, 2: warning, 4: critical
     size = ctypes.c_size_t(ctypes.sizeof(level))
@@ -4347,16 +4380,19 @@ def turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Sto
         then = nothing
         raise
     finally:
-        if done and spares.keep(spare, request, heard):
-            done = dataclasses.replace(done, waits=True)
-            then()
-        else:
-            patience = PATIENCE if done and done.exit_code == 0 else 0.0
-            leaving = spares.end(spare, then, patience=patience)
-            if request.keeps and (spare.backend.stores_at_exit or not done):
-                leaving.join()  # only then can the next turn begin
+        waits = False
+        try:
+            waits = done is not None and spares.keep(spare, request, heard)
+        finally:
+            if waits:
+                then()
+            else:
+                patience = PATIENCE if done and done.exit_code == 0 else 0.0
+                leaving = spares.end(spare, then, patience=patience)
+                if request.keeps and (spare.backend.stores_at_exit or not done):
+                    leaving.join()  # only then can the next turn begin
     assert done
-    yield done
+    yield dataclasses.replace(done, waits=waits)
 
 
 def answered_by(request: Settled, spare: Spare, stop: Stop) -> Iterator[Event]:
@@ -6596,7 +6632,10 @@ class Server:
         names = sorted(self.runnable(), key=lambda name: name != self.config.default_backend)
         for name in reversed(names[:self.config.server.spares]):
             asked = PromptRequest(backend=name, prompt="", isolated=True)
-            self.spares.want(settled(asked, self.config, self.empty_directory()))
+            try:
+                self.spares.want(settled(asked, self.config, self.empty_directory()))
+            except ClinvkError as error:
+                LOG.warning("no %s is started for the first request: %s", name, error)
 
     def renew_keys(self) -> None:
         """Read the keys of gopass again, every KEYS_SECS; a thread of its own calls this."""
