@@ -68,6 +68,20 @@ def eventually(condition: Callable[[], Any], seconds: float = 5.0) -> Any:
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
+def alive(pids: List[int]) -> List[int]:
+    """Those of the processes that are there and no zombies."""
+    listed = subprocess.run(["ps", "-o", "pid=,stat=", "-p", ",".join(map(str, pids))], capture_output=True, text=True)
+    rows = [line.split() for line in listed.stdout.splitlines()]
+    return [int(pid) for pid, state in rows if not state.startswith("Z")]
+
+
+def children_of(parent: int, states: str = "") -> List[int]:
+    """The process's children; with `states` those in one of them, such as "Z" for zombies."""
+    listed = subprocess.run(["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True)
+    rows = [row.split() for row in listed.stdout.splitlines()]
+    return [int(pid) for pid, of, state in rows if of == str(parent) and (not states or state[0] in states)]
+
+
 # ---- Errors, as each API has them (SPEC 5)
 
 # status -> OpenAI's type and code, Anthropic's type

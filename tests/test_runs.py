@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import clinvk
 import pytest
-from conftest import Client, Reply, Served, eventually
+from conftest import Client, Reply, Served, alive, children_of, eventually
 
 APIS = ["native", "openai", "anthropic"]
 SOME_WAYS = [("native", False), ("native", True), ("openai", True), ("anthropic", False)]  # API, stream
@@ -70,20 +70,6 @@ NAMES = ("cli", "child", "tool", "daemon")
 SILENT = FAMILY + "descend()\nnote('ready')\ntime.sleep(600)"
 TALKING = FAMILY + "descend()\nsay('first ')\nnote('ready')\ntime.sleep(600)"
 STUBBORN = FAMILY + "descend(stubborn=True)\nnote('ready')\ntime.sleep(600)"
-
-
-def alive(pids: List[int]) -> List[int]:
-    """Those of the processes that are there and no zombies."""
-    listed = subprocess.run(["ps", "-o", "pid=,stat=", "-p", ",".join(map(str, pids))], capture_output=True, text=True)
-    rows = [line.split() for line in listed.stdout.splitlines()]
-    return [int(pid) for pid, state in rows if not state.startswith("Z")]
-
-
-def children_of(parent: int, states: str = "") -> List[int]:
-    """The process's children; with `states` those in one of them, such as "Z" for zombies."""
-    listed = subprocess.run(["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True)
-    rows = [row.split() for row in listed.stdout.splitlines()]
-    return [int(pid) for pid, of, state in rows if of == str(parent) and (not states or state[0] in states)]
 
 
 class Stage:

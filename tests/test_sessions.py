@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple, Un
 
 import clinvk
 import pytest
-from conftest import Client, Reply, Served, eventually
+from conftest import Client, Reply, Served, alive, eventually
 
 LINES = Path(__file__).parent / "lines" / "claude"
 FIELDS = {"id", "backend", "created_at", "last_used", "working_dir", "model", "initial_prompt", "status", "turn_count",
@@ -107,12 +107,6 @@ def told(folder: Path) -> List[Dict[str, Any]]:
 def await_told(folder: Path, times: int = 1) -> Dict[str, Any]:
     eventually(lambda: len(told(folder)) == times, 20)
     return told(folder)[-1]
-
-
-def alive(pids: List[int]) -> List[int]:
-    """Those of the processes that are there and no zombies."""
-    rows = subprocess.run(["ps", "-o", "pid=,stat=", "-p", ",".join(map(str, pids))], capture_output=True, text=True)
-    return [int(row.split()[0]) for row in rows.stdout.splitlines() if not row.split()[1].startswith("Z")]
 
 
 def sql(file: Path, statement: str, *values: Any) -> List[Any]:
