@@ -10,7 +10,6 @@ import bisect
 import codecs
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -1730,6 +1729,10 @@ class Backend:
         asks its provider."""
         raise NotImplementedError
 
+    def lasts(self, request: Settled) -> bool:
+        """Whether the process that has answered this can take another turn."""
+        return True
+
     def stored(self) -> str:
         """What changes when another process goes on with the conversation; "" if none can."""
         return ""
@@ -2045,6 +2048,11 @@ class Claude(JsonLines):
         self.tools: Dict[str, str] = {}  # id -> name
         self.before: Json = {}  # the result of the turn before
         self.session_id = ""
+        self.has_hooks = False  # which may take their time before the turn begins
+
+    def lasts(self, request: Settled) -> bool:
+        """A budget is the process's own."""
+        return not any(word.startswith("--max-budget") for word in [*self.own_flags, *request.extra])
 
     def stored(self) -> str:
         return " ".join(map(file_stamp, self.transcripts(self.session_id)))
@@ -2111,6 +2119,9 @@ class Claude(JsonLines):
 
     def ask_on(self, request: Settled, mouth: Mouth) -> None:
         self.spoken, self.stop, self.blamed = Spoken(), "end", ""
+        self.has_hooks = not request.isolated
+        if self.has_hooks:
+            mouth.say(control("apply_flag_settings", settings={}))
         self.say_prompt(request, mouth)
 
     def say_prompt(self, request: Settled, mouth: Mouth) -> None:
@@ -2152,6 +2163,8 @@ class Claude(JsonLines):
             self.resets_at = message["rate_limit_info"].get("resetsAt")
         elif kind == "control_request":
             mouth.say(self.permission(message))
+        elif kind == "control_response" and self.has_hooks:
+            self.heeds = True
         elif kind == "result":
             yield from self.parse_result(message)
 
@@ -2767,7 +2780,7 @@ class Gemini(JsonRpc):
     REPLAY_SILENCE = 3.0  # seconds
     can_wait = True
     CREDENTIALS = tuple(f".gemini/{name}" for name in ("oauth_creds.json", "google_accounts.json",
-                                                       "gemini-credentials.json", ".env"))
+                                                       "gemini-credentials.json", ".env")) + (".env",)
     MEMORY = (".gemini/GEMINI.md", ".gemini/settings.json")
     IN_WORKDIR = ("GEMINI.md", ".gemini/settings.json")
     MODEL = "flash"  # of the model way, if none is said: "auto" asks the provider first which one to take
@@ -2793,6 +2806,7 @@ class Gemini(JsonRpc):
         self.limit: Optional[Tuple[str, int]] = None  # the max_tokens that its settings have, and for which model
         self.begun = False  # the session is open
         self.anew = False  # nothing of the conversation to go on with has been stored: it begins only now
+        self.logged = 0  # bytes of its debug log, when the turn began
         self.loaded = False  # its session is one that another process began
         self.replay_end = ""  # the text that a replay of the conversation ends with; "" once it has
         self.silent_ticks = 0  # since something was last heard of the session
@@ -2924,6 +2938,7 @@ class Gemini(JsonRpc):
     def ask_on(self, request: Settled, mouth: Mouth) -> None:
         """A session that is open says nothing before its provider does, unless it is asked for its mode."""
         self.request, self.prompted, self.opens, self.characters = request, False, True, 0
+        self.logged = len(self.log())
         mode = {"sessionId": self.session, "modeId": self.mode(request)}
         self.call(mouth, "session/set_mode", mode, self.mode_kept)
 
@@ -3058,11 +3073,16 @@ class Gemini(JsonRpc):
             LOG.warning("gemini %s: the end of a replay is not understood", self.cli_version)
             self.replay_end = ""
             self.go_on(mouth)
-        with contextlib.suppress(FileNotFoundError):
-            log = (self.scratch or Path()).joinpath("debug.log").read_text(encoding="utf-8", errors="replace")
-            if re.search(r"Attempt \d+ failed with status 429", log):
-                raise rate_limited("gemini's provider says 429, too many requests", None)
+        if re.search(rb"Attempt \d+ failed with status 429", self.log()[self.logged:]):
+            raise rate_limited("gemini's provider says 429, too many requests", None)
         return iter(())
+
+    def log(self) -> bytes:
+        """What gemini has told so far in its debug log."""
+        try:
+            return (self.scratch or Path()).joinpath("debug.log").read_bytes()
+        except FileNotFoundError:
+            return b""
 
     def at_end(self, exit_code: int, stderr: str) -> Iterator[Event]:
         if exit_code == 41:
@@ -4022,8 +4042,8 @@ class Spares:
         talk, whole = request.conversation, heard.done.exit_code == 0 and heard.done.stop == "end"
         size = max(heard.tokens, estimate(heard.characters + len(request.prompt) + len(request.system_prompt)))
         if not (self.settings.live_conversations and talk and whole and spare.backend.can_wait and
-                size < self.CONTEXT_TOKENS and spare.is_current() and
-                not (heard.used_tools and spare.processes() - spare.family)):
+                spare.backend.lasts(request) and size < self.CONTEXT_TOKENS and spare.is_current() and
+                not (heard.used_tools and spare.processes() - spare.family - {spare.child.process.pid})):
             return False
         spare.start, spare.fits, spare.since = "live", request.standing, time.monotonic()
         spare.weighed, spare.stored = False, ""
@@ -4069,9 +4089,9 @@ class Spares:
     def is_gone(self, spare: Spare, then: Callable[[], None]) -> None:
         try:
             spare.backend.clean_up()
+        finally:
             if spare.session_id:
                 self.holds.let_go(spare.session_id)
-        finally:
             with self.changed:
                 if self.leaving.get(spare.session_id) is threading.current_thread():
                     del self.leaving[spare.session_id]
@@ -4104,6 +4124,7 @@ class Spares:
             except Exception:
                 LOG.error("the CLIs that wait: a defect of clinvk\n%s", traceback.format_exc())
                 self.closing.wait(self.LOOK_SECS)
+        self.close()
 
     def tend_once(self, looked_at: float) -> float:
         """Do the next thing that is to be done; when those that wait were last looked at."""
@@ -4182,7 +4203,7 @@ class Spares:
         return spare
 
     def close(self) -> None:
-        """End them all; the server is closing, so no more is started."""
+        """End them all; the server is closing, so no more is started, or kept."""
         with self.starting, self.changed:  # one that is being started is ended by its thread, or is here by now
             waiting = [*self.fresh.values(), *self.live]
             self.fresh, self.live = {}, []
@@ -4210,6 +4231,7 @@ def memory_is_short() -> bool:
         found = [re.search(rf"^{name}: +(\d+)", told, re.MULTILINE) for name in ("MemAvailable", "MemTotal")]
         free, whole = (float(one.group(1)) if one else math.inf for one in found)
         return free < SHORT * whole
+    import ctypes  # some Pythons are built without it
     level = ctypes.c_int(0)  # 1: normal, 2: warning, 4: critical
     size = ctypes.c_size_t(ctypes.sizeof(level))
     with contextlib.suppress(AttributeError, OSError, TypeError):  # it is not macOS
@@ -4367,11 +4389,13 @@ def turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Sto
     slot is given back. Raises Unfit, and keeps the slot."""
     done: Optional[Done] = None
     heard, then = Heard(), slots.release
+    alone = request.keeps and spares.settings.live_conversations > 0  # no tool has run yet
     try:
         for event in answered_by(request, spare, stop):
             heard.add(event)
-            if isinstance(event, Init) and request.keeps:
-                spare.family = spare.processes()
+            if alone and not isinstance(event, Init):
+                alone = False
+                spare.family = frozenset() if heard.used_tools else spare.processes()
             if isinstance(event, Done):
                 done = event
             else:
@@ -4447,7 +4471,7 @@ def until_done(backend: Backend, child: Child, stop: Stop, heeds_by: float) -> I
             heard = time.monotonic() if data else heard
             if not backend.heeds and time.monotonic() > heeds_by:
                 for rest in child.kill():  # it must not wake up now, and ask its provider, while another does
-                    yield from backend.read(rest, child)
+                    collections.deque(backend.read(rest, child), maxlen=0)
                 raise BackendFailed(f"{backend.name} does not answer")
             if time.monotonic() - heard >= SILENCE:
                 heard = time.monotonic()
@@ -4772,8 +4796,10 @@ class Store:
     SHOWN = 1000  # characters of an initial_prompt in a list
     AT_ONCE = 1000  # sessions to delete in one transaction: others write meanwhile
 
-    def __init__(self, config: Config) -> None:
-        """Raises ConfigError if the database is none that this clinvk can use, and OSError."""
+    def __init__(self, config: Config, closing: Optional[threading.Event] = None) -> None:
+        """Once `closing` is set nobody waits. Raises ConfigError if the database is none that this clinvk can use, and
+        OSError."""
+        self.closing = closing or threading.Event()
         servers = own_directory(config, "servers")
         self.file = config.home / "sessions.db"
         self.reading, self.writing = Database(self.file), Database(self.file)  # so that no reader waits for a writer
@@ -4810,7 +4836,7 @@ class Store:
                                           turn=turn, held=elsewhere, sandbox_mode=session.sandbox_mode,
                                           metadata={**(before or session).metadata, **session.metadata})
                 self.put(db, now)
-            if now.held:
+            with contextlib.suppress(StoreUnavailable):  # what is stored next will say so
                 self.wait_until_free(now)
         except BaseException:
             self.ended(turn, created=False)
@@ -4820,9 +4846,8 @@ class Store:
     def wait_until_free(self, session: Session) -> None:
         """Until the server that holds the conversation has seen that it is to go on here."""
         ends = time.monotonic() + HELD_SECS
-        held = self.lease.is_held(session.held)
-        while held and time.monotonic() < ends:
-            time.sleep(0.05)
+        held = bool(session.held) and self.lease.is_held(session.held)
+        while held and time.monotonic() < ends and not self.closing.wait(0.05):
             with self.reading.transaction("DEFERRED") as db:
                 row = db.execute("SELECT held FROM sessions WHERE id = ?", (session.id,)).fetchone()
             held = bool(row and row[0]) and self.lease.is_held(session.held)
@@ -4853,10 +4878,11 @@ class Store:
             self.put(db, session)
 
     def put_back(self, session_id: str, before: Optional[Session]) -> None:
-        """The session as if the turn had not begun."""
+        """The session as if the turn had not begun; but a process that had its conversation may have gone."""
         with self.write() as db:
             if before:
-                self.put(db, before)
+                row = db.execute("SELECT held FROM sessions WHERE id = ?", (session_id,)).fetchone()
+                self.put(db, dataclasses.replace(before, held=row[0] if row else ""))
             else:
                 db.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
 
@@ -6484,7 +6510,7 @@ class Server:
         self.children = Children(config.server.max_output_bytes)
         self.programs: Dict[str, Tuple[float, Optional[List[str]]]] = {}  # backend -> when looked up, what was found
         self.versions = {name: __version__ for name in config.backends if issubclass(kind_of(name), InProcess)}
-        self.store = Store(config)
+        self.store = Store(config, self.closing)
         self.rate_limit = RateLimit()
         self.document = b""  # OpenAPI, once it has been asked for
         self.metrics = Metrics([name for name in config.names() if config.backends[name].enabled])
