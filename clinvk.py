@@ -873,10 +873,11 @@ class Settled(PromptRequest):
 
     @property
     def standing(self) -> Tuple[Any, ...]:
-        """All that can not change from turn to turn of a conversation in one process."""
-        return (self.backend, self.isolated, self.keeps, self.model, self.workdir, self.approval_mode,
-                self.sandbox_mode, self.max_tokens, self.max_turns, self.system_prompt, self.allowed_tools,
-                self.verbose, tuple(self.extra), self.effort, self.thinking_tokens)
+        """All that can not change from turn to turn of a conversation in one process; but for the model of a session,
+        which the first turn may leave to the CLI, and the next ones name."""
+        return (self.backend, self.isolated, self.keeps, "" if self.keeps else self.model, self.workdir,
+                self.approval_mode, self.sandbox_mode, self.max_tokens, self.max_turns, self.system_prompt,
+                self.allowed_tools, self.verbose, tuple(self.extra), self.effort, self.thinking_tokens)
 
 
 def settled(request: PromptRequest, config: Config, workdir: str) -> Settled:
@@ -3945,6 +3946,7 @@ class Spares:
             fits = (spare.conversation, spare.fits) == (talk.before, request.standing) and spare.is_current()
             if fits and not spare.backend.refuses(dataclasses.replace(request, prompt=talk.turn)):
                 self.live.remove(spare)
+                spare.stored = ""  # the turn to come changes that
                 return spare
         return None
 
