@@ -4330,8 +4330,11 @@ def answered_by(request: Settled, spare: Spare, stop: Stop) -> Iterator[Event]:
     for event in events:
         if isinstance(event, Failure) and is_unfit(spare.backend, event.error, request):
             raise Unfit(str(event.error))
+        if isinstance(event, Progress) and event.stage == "waiting":
+            yield event  # what does not answer us within SILENCE has said nothing of the answer, either
+            continue
         held.append(event)
-        if not isinstance(event, Init) and not (isinstance(event, Progress) and event.stage == "retrying"):
+        if not isinstance(event, (Init, Progress)):
             break
     yield from held
     yield from events
