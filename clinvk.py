@@ -3267,10 +3267,10 @@ def link(source: Path, target: Path) -> None:
 
 
 def file_stamp(file: Path) -> str:
-    """What changes when a file does, or when another takes its place."""
+    """What changes when a file does, or when another takes its place; "nothing" if there is none that we may see."""
     try:
         status = file.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return "nothing"
     return f"{os.path.realpath(file)} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
 
