@@ -3477,6 +3477,15 @@ class Slots:
                 self.active -= 1
                 self.changed.notify_all()
 
+    @contextlib.contextmanager
+    def released_on_error(self) -> Iterator[None]:
+        """For what is done with a slot before a CLI has it."""
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
     def wait_until_idle(self, seconds: float) -> bool:
         """Whether there comes a time without any run."""
         with self.changed:
@@ -4267,21 +4276,18 @@ def in_process(events: Iterator[Event], slots: Slots, stop: Stop) -> Events:
 
 def conversation(request: Settled, backend: Backend, spares: Spares, slots: Slots, stop: Stop, ran: Ran) -> Events:
     """One turn: of a CLI that waits for it, or, if there is none or it fails unheard, of one that is started for it."""
-    waiting = spares.take(request)
-    if waiting:
-        ran.start = waiting.start
-        try:
-            yield from turn(request, waiting, spares, slots, stop)
-            return
-        except Unfit as error:
-            LOG.warning("a %s that had waited was of no use, and another is started: %s", request.backend, error)
-            ran.start = "cold"
+    with slots.released_on_error():
+        cli = spares.take(request) or started(request, backend, spares.children, stop)
+    ran.start = cli.start
     try:
-        fresh = started(request, backend, spares.children, stop)
-    except BaseException:
-        slots.release()
-        raise
-    yield from turn(request, fresh, spares, slots, stop)
+        yield from turn(request, cli, spares, slots, stop)
+        return
+    except Unfit as error:
+        LOG.warning("a %s that had waited was of no use, and another is started: %s", request.backend, error)
+    with slots.released_on_error():
+        cli = started(request, backend, spares.children, stop)
+    ran.start = cli.start
+    yield from turn(request, cli, spares, slots, stop)
 
 
 class Unfit(Exception):
