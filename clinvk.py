@@ -2833,6 +2833,7 @@ class Gemini(JsonRpc):
             env.update(GEMINI_CLI_HOME=str(self.scratch), GEMINI_SYSTEM_MD=str(self.scratch / "system.md"),
                        TMPDIR=str(self.scratch))
             self.furnish(self.scratch, users)
+            self.write_system_prompt(request)
             self.write_settings(request)
         else:
             argv += ["--session-id", self.first_session, *(["-s"] if request.sandbox_mode == "workspace" else [])]
@@ -2860,22 +2861,33 @@ class Gemini(JsonRpc):
         link(self.user_home() / ".env", home / ".env")
         self.auth = (users.get("security") or {}).get("auth")
 
-    def write_settings(self, request: Settled) -> None:
-        """Ours, and the system prompt: gemini reads that when it opens a session; the settings then, too, but for ten
-        seconds only where it has opened none before."""
+    def write_system_prompt(self, request: Settled) -> None:
+        """gemini reads it when it opens a session."""
         assert self.scratch
         (self.scratch / "system.md").write_text(literal(request.system_prompt), encoding="utf-8")
-        limit = (request.model, request.max_tokens) if request.max_tokens and request.model else None
-        if limit == self.limit and self.place:
-            return
+
+    def write_settings(self, request: Settled) -> None:
+        assert self.scratch
+        self.limit = self.limit_of(request)
         settings: Json = {**self.ISOLATED, **({"security": {"auth": self.auth}} if self.auth else {})}
-        if limit:
+        if self.limit:
             settings["modelConfigs"] = {"overrides": [{"match": {"model": request.model}, "modelConfig": {
                 "generateContentConfig": {"maxOutputTokens": request.max_tokens}}}]}
-        (self.scratch / ".gemini" / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        if self.place:
-            (self.scratch / "empty").symlink_to(request.workdir)
-        self.limit, self.place = limit, str(self.scratch / "empty") if self.place else request.workdir
+        write_whole(self.scratch / ".gemini" / "settings.json", json.dumps(settings))
+
+    @staticmethod
+    def limit_of(request: Settled) -> Optional[Tuple[str, int]]:
+        return (request.model, request.max_tokens) if request.max_tokens and request.model else None
+
+    def furnish_for(self, request: Settled) -> None:
+        """What it could not be started with. For ten seconds gemini keeps the settings that it has read for a
+        directory, so that others need another name of it."""
+        assert self.scratch
+        self.write_system_prompt(request)
+        if self.limit_of(request) != self.limit:
+            self.write_settings(request)
+            self.place = str(self.scratch / "empty")
+            os.symlink(request.workdir, self.place)
 
     def refuse_without_login(self, users: Json) -> None:
         """A login with Google that is missing makes gemini ask for a code, for ever."""
@@ -2903,8 +2915,8 @@ class Gemini(JsonRpc):
 
     def ask(self, request: Settled, mouth: Mouth) -> None:
         self.request, self.grants = request, grants_leave(request)
-        if self.place:
-            self.write_settings(request)
+        if self.started_ahead:
+            self.furnish_for(request)
         if 1 not in self.replies:  # it is past its greeting
             self.open_session(request, mouth)
 
@@ -4210,7 +4222,7 @@ class Ran:
     usage: Optional[Usage] = None
     cost_usd: float = 0.0
     first_text_secs: Optional[float] = None  # from the request to the first output
-    request: Optional[Settled] = None
+    request: Optional[Settled] = None  # another like it may come
 
     @property
     def seconds(self) -> float:
