@@ -2790,8 +2790,8 @@ class Gemini(JsonRpc):
         self.session = self.model = ""
         self.default_model = self.started_with = ""
         self.auth: Any = None  # how the user logs in
-        self.place = ""  # where its session is opened, in the model way
-        self.limit: Optional[Tuple[str, int]] = None  # the max_tokens that its settings have, and for which model
+        self.place = ""  # another name of the directory that it runs in, to open its session there
+        self.limit: Optional[Tuple[str, int]] = None  # for which model its settings have what max_tokens
         self.begun = False  # the session is open
         self.anew = False  # nothing of the conversation to go on with has been stored: it begins only now
         self.replay_end = ""  # the text that a replay of the conversation ends with; "" once it has
@@ -6501,8 +6501,8 @@ class Server:
               admitted: bool = False) -> Started:
         """Check what only the server can check, and hand back the run; nothing runs before its first event is asked
         for. Raises Invalid, UnknownModel, Forbidden and BackendUnavailable. `at` and `prompt_at` are the places of the
-        fields, and of the prompt, in the body; `ran` gets what is to be told of the run; `admitted` is
-        for a run of a request that is past the line."""
+        fields, and of the prompt, in the body; `ran` gets what is to be told of the run; `admitted` is for a run of a
+        request that is past the line."""
         self.known_backend(asked.backend, f"{at}.backend")
         found = self.store.find(asked.session_id) if asked.session_id is not None else None
         own_system_prompt = asked.system_prompt is not None
@@ -6538,7 +6538,7 @@ class Server:
         return self.in_session(request, found, run_of, ignored)
 
     def in_session(self, request: Settled, found: Optional[Session], run_of: Callable[[Settled], Events],
-             ignored: List[str]) -> Started:
+                   ignored: List[str]) -> Started:
         """A run that is the next turn of a session, or the first one of a new session."""
         settings = self.config.session
         session = dataclasses.replace(found, metadata=request.metadata) if found else \
@@ -6602,10 +6602,20 @@ class Server:
 
     def want_spares(self) -> None:
         """Have a CLI ready for the first request of each backend that can wait, the default one's first of all."""
-        names = sorted(self.runnable(), key=lambda name: name != self.config.default_backend)
-        for name in reversed(names[:self.config.server.spares]):
-            asked = PromptRequest(backend=name, prompt="", isolated=True)
-            self.spares.want(settled(asked, self.config, self.empty_directory()))
+        names = [name for name in self.runnable() if kind_of(name).can_wait]
+        names.sort(key=lambda name: name != self.config.default_backend)
+        try:
+            for name in reversed(names[:self.config.server.spares]):  # what is wanted last is started first
+                asked = PromptRequest(backend=name, prompt="", isolated=True)
+                self.spares.want(settled(asked, self.config, self.empty_directory()))
+        except BackendUnavailable as error:
+            LOG.warning("no CLI is started ahead: %s", error)
+
+    def want_again(self, ran: Iterable[Ran]) -> None:
+        """Have a CLI ready for a request like the one whose answer, by these runs, has ended."""
+        for one in ran:
+            if one.status == "success" and one.request:
+                self.spares.want(one.request)
 
     def renew_keys(self) -> None:
         """Read the keys of gopass again, every KEYS_SECS; a thread of its own calls this."""
@@ -7470,7 +7480,11 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
         start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", list(answer.headers.items()))
         if head.method == "HEAD":
             answer.body = []
-        return Sent(answer, lambda: request_ended(server, head, answer.status, request_id, began, ran))
+
+        def ended() -> None:
+            request_ended(server, head, answer.status, request_id, began, ran)
+            server.want_again(ran)
+        return Sent(answer, ended)
     return app
 
 
@@ -7492,8 +7506,8 @@ RAN = "clinvk.ran"  # its runs
 class Sent:
     """The body as waitress takes it: when it has been sent, or the client has gone, the answer is closed and logged."""
 
-    def __init__(self, answer: Answer, log: Callable[[], None]) -> None:
-        self.answer, self.log = answer, log
+    def __init__(self, answer: Answer, ended: Callable[[], None]) -> None:
+        self.answer, self.ended = answer, ended
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self.answer.body)
@@ -7502,7 +7516,7 @@ class Sent:
         try:
             self.answer.close()
         finally:
-            self.log()
+            self.ended()
 
 
 def request_id_of(sent: str) -> str:
@@ -7607,16 +7621,13 @@ METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 
 def request_ended(server: Server, head: Head, status: int, request_id: str, began: float,
                   ran: Sequence[Ran] = ()) -> None:
-    """Count it, and write its one log line; never a prompt, an answer or a key. What it needed may be needed again."""
+    """Count it, and write its one log line; never a prompt, an answer or a key."""
     seconds = time.monotonic() - began
     ran = [one for one in ran if one.began]
     method = head.method if head.method in METHODS else "other"
     server.metrics.request_ended(method, pattern_of(routed_path(head)), status, seconds)
     shown = [loggable(text, server.config.keys) for text in (head.method, head.path, request_id)]
     runs = [[one for one in ran if one.backend == name] for name in dict.fromkeys(one.backend for one in ran)]
-    for one in ran:
-        if one.status == "success" and one.request:
-            server.spares.want(one.request)
     LOG.info("%s %s %s %d %.0f ms %s%s", client_address(server.config, head) or "-", *shown[:2], status,
              1000 * seconds, shown[2], "".join(map(told_of, runs)))
 
