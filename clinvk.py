@@ -2294,8 +2294,8 @@ def claude_usage(result: Json) -> Optional[Usage]:
 
 
 def own_result(result: Json, before: Json) -> Json:
-    """A turn's result, less what is in it of the turns before in the same process (2.1.197; 2.1.331, where it is the
-    conversation that counts, tells the turn's own besides): `modelUsage` and `total_cost_usd` run on."""
+    """A turn's result less those of the turns before it in the same process: `modelUsage` and `total_cost_usd` run on.
+    2.1.331, where they run on over the conversation, tells the turn's own besides. What is not as we know it stays."""
     own = dict(result)
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         if result.get("model_usage_since_last_result") is None and before:
@@ -2449,7 +2449,7 @@ class Codex(JsonRpc):
         self.tools: Set[str] = set()  # items that have been shown as a ToolUse
         self.thread_id = ""
         self.begun: Optional[Init] = None  # what is told of the thread in a later turn
-        self.ahead: Tuple[int, Json] = (0, {})  # the call that starts a thread before there is a request; and how
+        self.ahead: Tuple[int, Json] = (0, {})  # the thread/start that was said ahead: its number (0: none), its params
 
     @classmethod
     def find(cls, name: str, config: Config) -> Optional[List[str]]:
@@ -2545,7 +2545,7 @@ class Codex(JsonRpc):
         then = functools.partial(self.thread_started, request)
         number, params = self.ahead
         if number and params == {"ephemeral": not request.keeps, **self.thread(request)}:
-            self.replies[number] = then  # nobody has read it yet
+            self.replies[number] = then  # its reply may be there, but what a spare prints is read only now
             return
         if request.resume:
             of_before = {"threadId": request.resume, "excludeTurns": True}
@@ -2585,7 +2585,7 @@ class Codex(JsonRpc):
 
     def ask_on(self, request: Settled, mouth: Mouth) -> None:
         self.spoken, self.counts_before, self.tools = Spoken(), self.counts, set()
-        self.start_turn(request, mouth, self.turn_begun_again)
+        self.start_turn(request, mouth, self.next_turn_started)
 
     def start_turn(self, request: Settled, mouth: Mouth, then: Callable[[Json, Mouth], Iterator[Event]]) -> None:
         turn: Json = {"threadId": self.thread_id, "input": [{"type": "text", "text": request.prompt}]}
@@ -2597,7 +2597,7 @@ class Codex(JsonRpc):
         self.turn, self.accepted = reply["turn"]["id"], True
         return iter(())
 
-    def turn_begun_again(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
+    def next_turn_started(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
         assert self.begun
         yield self.begun
         yield from self.turn_started(reply, mouth)
@@ -3972,6 +3972,16 @@ class Wanted(NamedTuple):
     at: float  # when the last one like it came
 
 
+class Holds(Protocol):
+    """Where it is known which sessions have their conversation in a process that waits."""
+
+    def free(self, session_id: str) -> None:
+        """The process has gone."""
+
+    def asked_for(self, session_ids: Sequence[str]) -> Container[str]:
+        """Those of the sessions, held here, that another server goes on with, or that are deleted."""
+
+
 class Spares:
     """The CLIs that wait: up to `server.spares` that have only been started, one of a backend at most, and up to
     `server.live_conversations` that have just answered. One thread tends them, once there is something to tend."""
@@ -4032,7 +4042,7 @@ class Spares:
         hasty = [name for name, spare in self.fresh.items() if spare.is_starting()]
         return stuck + [self.fresh.pop(name) for name in hasty]
 
-    def keep(self, spare: Spare, request: Settled, heard: Heard) -> bool:
+    def take_back(self, spare: Spare, request: Settled, heard: Heard) -> bool:
         """Whether the CLI waits, from now on, for the next turn of the conversation; else it is still the caller's."""
         talk = request.conversation
         if not (talk and self.settings.live_conversations and self.can_go_on(spare, request, heard)):
@@ -4085,7 +4095,7 @@ class Spares:
         try:
             spare.backend.clean_up()
             if spare.session_id:
-                self.holds.let_go(spare.session_id)
+                self.holds.free(spare.session_id)
         finally:
             then()
 
@@ -4195,16 +4205,6 @@ class Spares:
             self.fresh, self.live = {}, []
             self.changed.notify_all()
         self.retire(waiting)
-
-
-class Holds(Protocol):
-    """Where it is known which sessions have their conversation in a process that waits."""
-
-    def let_go(self, session_id: str) -> None:
-        """The process has gone."""
-
-    def asked_for(self, session_ids: Sequence[str]) -> Container[str]:
-        """Those of the sessions, held here, that another server goes on with, or that are deleted."""
 
 
 # ==== Runs ========================================================================================
@@ -4356,7 +4356,7 @@ def turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Sto
         when_gone = nothing
         raise
     finally:
-        if done and spares.keep(spare, request, heard):
+        if done and spares.take_back(spare, request, heard):
             done = dataclasses.replace(done, waits=True)
             slots.release()
         else:
@@ -4802,7 +4802,7 @@ class Store:
         if held:
             LOG.warning("session %s: another server does not let go of the conversation", session.id)
 
-    def let_go(self, session_id: str) -> None:
+    def free(self, session_id: str) -> None:
         """No process of this server waits for its next turn any more."""
         try:
             with self.write() as db:
