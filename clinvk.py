@@ -3998,7 +3998,7 @@ class Spares:
         self.changed = threading.Condition()  # guards the rest
         self.fresh: Dict[str, Spare] = {}  # backend -> its spare
         self.live: List[Spare] = []  # the one that answered last comes last
-        self.wanted: Dict[str, Wanted] = {}  # by backend, the one that came last last; those in `fresh` and more
+        self.wanted: Dict[str, Wanted] = {}  # by backend, what came last at the end; holds all of `fresh`
         self.keeper: Optional[threading.Thread] = None
         self.starting = threading.Lock()  # held while a spare is being started
 
@@ -4023,7 +4023,6 @@ class Spares:
             fits = spare.key == talk.key_before and spare.request.standing == request.standing and spare.is_current()
             if fits and not spare.backend.refuses(dataclasses.replace(request, prompt=talk.turn)):
                 self.live.remove(spare)
-                spare.stored = None  # the turn to come changes that
                 return spare
         return None
 
@@ -4045,9 +4044,10 @@ class Spares:
     def take_back(self, spare: Spare, request: Settled, heard: Heard) -> bool:
         """Whether the CLI waits, from now on, for the next turn of the conversation; else it is still the caller's."""
         talk = request.conversation
+        spare.stored = None  # the turn has changed it
         if not (talk and self.settings.live_conversations and self.can_go_on(spare, request, heard)):
             return False
-        spare.start, spare.request, spare.since, spare.stored = "live", without_prompt(request), time.monotonic(), None
+        spare.start, spare.request, spare.since = "live", without_prompt(request), time.monotonic()
         spare.key, spare.session_id = talk.key_after(heard.text.hexdigest()), talk.session_id
         with self.changed:
             if self.closing.is_set():
