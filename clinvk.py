@@ -729,15 +729,16 @@ STREAM = "Answer NDJSON: every run's events as they happen, and the whole answer
 
 
 class Conversation(NamedTuple):
-    """The conversation in which a prompt is the last turn. It goes by a digest of what was said, or by its session."""
-    before: str  # what it goes by without this turn; "": no process can have heard what was said
-    turn: str  # the prompt, for a process that has
-    whole: str  # what it goes by with this turn
+    """The conversation of which a prompt is the last turn. By its key the process is found that gave its last answer: a
+    digest of all that was said, or a session and the count of its turns."""
+    key_before: str  # without this turn; "": no process can have heard what was said
+    turn: str  # this turn alone: the prompt for the process that has
+    key: str  # with this turn
     session_id: str = ""  # its session, if it is one's
 
-    def after(self, answer: str) -> str:
-        """What it goes by once it has been answered; `answer` is the SHA-256 of its text."""
-        return self.whole if self.session_id else digest(self.whole, "assistant", "", [("", ())], answer)
+    def key_after(self, answer: str) -> str:
+        """With this turn's answer, of which `answer` is the SHA-256 in hex."""
+        return self.key if self.session_id else digest(self.key, "assistant", "", [("", ())], answer)
 
 
 def digest(*parts: Any) -> str:
@@ -973,16 +974,16 @@ def as_prompt(turns: List[Turn]) -> str:
 
 
 def conversation_of(turns: List[Turn]) -> Conversation:
-    """The process that gave the answer before the last turn can go on with that alone, if it is the user's."""
+    """Only a last turn of the user's, after an answer, can be said alone to the process that gave that answer."""
     *earlier, last = turns
     goes_on = earlier and earlier[-1].role == "assistant" and last.role == "user" and not last.name
     turn = as_prompt([last]) if goes_on else ""
-    before = functools.reduce(after_turn, earlier, "")
-    return Conversation(before if turn.strip() else "", turn, after_turn(before, last))
+    before = functools.reduce(key_with, earlier, "")
+    return Conversation(before if turn.strip() else "", turn, key_with(before, last))
 
 
-def after_turn(before: str, turn: Turn) -> str:
-    """What a conversation goes by with one more turn."""
+def key_with(before: str, turn: Turn) -> str:
+    """The key of a conversation with one more turn."""
     texts = [hashlib.sha256(utf8(piece.text)).hexdigest() for piece in turn.pieces]
     return digest(before, turn.role, turn.name, [piece[1:] for piece in turn.pieces], *texts)
 
@@ -1642,18 +1643,18 @@ class Backend:
     streams: ClassVar[Literal["deltas", "messages"]] = "deltas"
     remembers: ClassVar[bool] = True  # whether it can go on with a conversation
     stores_at_exit: ClassVar[bool] = False  # whether a conversation is whole, and free for another process, only then
-    can_wait: ClassVar[bool] = False  # for its first request, and for the next turn of a conversation
+    can_wait: ClassVar[bool] = False  # whether it can be started ahead of its first request, and has `ask_on`
     noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
-    CREDENTIALS: ClassVar[Tuple[str, ...]] = ()  # files in its own home: its login and settings, read at its start
-    MEMORY: ClassVar[Tuple[str, ...]] = ()  # files in its home that the agent has read, too
-    IN_WORKDIR: ClassVar[Tuple[str, ...]] = ()  # those of the directory in which it runs
+    LOGIN_AND_SETTINGS: ClassVar[Tuple[str, ...]] = ()  # files in its own home that it reads at its start
+    MEMORY: ClassVar[Tuple[str, ...]] = ()  # further ones that it reads there as an agent
+    IN_WORKDIR: ClassVar[Tuple[str, ...]] = ()  # and those that it reads then in the directory in which it runs
     USER_HOME: ClassVar[Tuple[str, str]] = ("", "")  # what variable names the CLI's own home; else where in HOME it is
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         self.name, self.program, self.config, self.cli_version = name, program, config, cli_version
         self.own_flags = config.backends[name].extra_flags
-        self.waits = False  # the CLI is started before there is a request
-        self.heeds = False  # it has answered us since the turn began: a failure from here on is the turn's own
+        self.started_ahead = False  # of its first request
+        self.accepted = False  # the CLI has taken the present turn up: from here on its provider may have been asked
         self.scratch: Optional[Path] = None  # a directory of the run's own
 
     @staticmethod
@@ -1725,8 +1726,8 @@ class Backend:
         raise NotImplementedError
 
     def ask_on(self, request: Settled, mouth: Mouth) -> None:
-        """The next turn of the conversation. A CLI that can wait has this, and then sets `heeds` in each turn before it
-        asks its provider."""
+        """The next turn of the conversation, in the same process. A backend that can wait has this, and sets `accepted`
+        in each turn, before its CLI asks the provider."""
         raise NotImplementedError
 
     def lasts(self, request: Settled) -> bool:
@@ -1737,14 +1738,14 @@ class Backend:
         """What changes when another process goes on with the conversation; "" if none can."""
         return ""
 
-    def stamps(self, workdir: str) -> Tuple[str, ...]:
-        """What changes with the files that the CLI reads at its start: program, login and settings; of the agent, which
-        runs in `workdir` ("": it is the model), also its memory."""
+    def stamps(self, request: Settled) -> Tuple[str, ...]:
+        """What changes with the files that the CLI reads at its start: program, login and settings; of an agent, also
+        its memory."""
         home = self.user_home if self.USER_HOME[0] else Path()
         files = [Path(word) for word in self.program if os.path.isabs(word)]
-        files += [home / name for name in self.CREDENTIALS]
-        if workdir:
-            files += [*(home / name for name in self.MEMORY), *(Path(workdir, name) for name in self.IN_WORKDIR)]
+        files += [home / name for name in self.LOGIN_AND_SETTINGS]
+        if not request.isolated:
+            files += [home / name for name in self.MEMORY] + [Path(request.workdir, name) for name in self.IN_WORKDIR]
         return tuple(map(file_stamp, files))
 
     def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
@@ -2026,7 +2027,7 @@ class Claude(JsonLines):
     PERMISSION = {"default": "default", "auto": "acceptEdits", "none": "dontAsk", "always": "default"}
     stores_at_exit = True
     can_wait = True
-    CREDENTIALS = (".credentials.json", "settings.json")
+    LOGIN_AND_SETTINGS = (".credentials.json", "settings.json")
     MEMORY = ("CLAUDE.md",)
     IN_WORKDIR = ("CLAUDE.md", "CLAUDE.local.md", ".mcp.json", ".claude/CLAUDE.md", ".claude/settings.json",
                   ".claude/settings.local.json")
@@ -2058,11 +2059,11 @@ class Claude(JsonLines):
         return " ".join(map(file_stamp, self.transcripts(self.session_id)))
 
     def command(self, request: Settled) -> Command:
-        limits = {} if self.waits else self.limits(request)
+        limits = {} if self.started_ahead else self.limits(request)
         env = child_environ(self.config, self.name, CLAUDE_CODE_DISABLE_ATTACHMENTS="1", **limits)
         goes_on = not request.begins or self.transcripts(request.resume)
         argv = [*self.program, *self.LINE, *([] if request.keeps else ["--no-session-persistence"]),
-                *(["--agent", self.AGENT] if self.waits else option("--model", request.model)),
+                *(["--agent", self.AGENT] if self.started_ahead else option("--model", request.model)),
                 *option("--resume" if goes_on else "--session-id", request.resume)]
         if request.isolated:
             argv += self.ISOLATED
@@ -2092,8 +2093,8 @@ class Claude(JsonLines):
         return by_sandbox.get(request.sandbox_mode) or self.PERMISSION[request.approval_mode]
 
     def greet(self, mouth: Mouth) -> None:
-        """One that waits is to say when it is there."""
-        if self.waits:
+        """One that is started ahead is to say when it is there."""
+        if self.started_ahead:
             mouth.say(control("apply_flag_settings", settings={}))
 
     def ask(self, request: Settled, mouth: Mouth) -> None:
@@ -2103,12 +2104,13 @@ class Claude(JsonLines):
             first["systemPrompt" if request.isolated else "appendSystemPrompt"] = request.system_prompt
         if request.keeps:  # else 2.1.331 takes system prompt and tools from the first turn, whatever a later one says
             first["systemPromptSnapshot"] = False
-        if self.waits and request.model:  # a list is an empty system prompt that the agent's own does not replace
+        if self.started_ahead and request.model:
+            # A list is an empty system prompt, which that of the agent does not replace.
             first["systemPrompt"] = request.system_prompt or []
             first["agents"] = {self.AGENT: {"description": "-", "prompt": "-", "model": request.model}}
         if first:
             mouth.say(control("initialize", **first))
-        settings: Json = {"env": self.limits(request)} if self.waits and request.max_tokens else {}
+        settings: Json = {"env": self.limits(request)} if self.started_ahead and request.max_tokens else {}
         if request.effort in self.EFFORTS:
             settings["effortLevel"] = self.EFFORTS[request.effort]
         if settings:
@@ -2164,7 +2166,7 @@ class Claude(JsonLines):
         elif kind == "control_request":
             mouth.say(self.permission(message))
         elif kind == "control_response" and self.has_hooks:
-            self.heeds = True
+            self.accepted = True
         elif kind == "result":
             yield from self.parse_result(message)
 
@@ -2216,7 +2218,7 @@ class Claude(JsonLines):
 
     def parse_system(self, message: Json) -> Iterator[Event]:
         if message["subtype"] == "init":
-            self.model, self.heeds = message.get("model", ""), True
+            self.model, self.accepted = message.get("model", ""), True
             self.session_id = message.get("session_id", "")
             yield Init(self.model, self.session_id, message.get("cwd", ""))
         elif message["subtype"] == "api_retry":
@@ -2306,8 +2308,8 @@ def claude_usage(result: Json) -> Optional[Usage]:
 
 
 def own_result(result: Json, before: Json) -> Json:
-    """A turn's result, less what is in it of the turns before in the same process (2.1.197; 2.1.331, where it is the
-    conversation that counts, tells the turn's own besides): `modelUsage` and `total_cost_usd` run on."""
+    """A turn's result less those of the turns before it in the same process: `modelUsage` and `total_cost_usd` run on.
+    2.1.331, where they run on over the conversation, tells the turn's own besides. What is not as we know it stays."""
     own = dict(result)
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         if result.get("model_usage_since_last_result") is None and before:
@@ -2427,7 +2429,7 @@ class Codex(JsonRpc):
     noise = r"WARNING: proceeding|could not (create|update) PATH|Reading prompt from stdin|could not find bubblewrap"
     stores_at_exit = True
     can_wait = True
-    CREDENTIALS = ("auth.json", "config.toml")
+    LOGIN_AND_SETTINGS = ("auth.json", "config.toml")
     MEMORY = ("AGENTS.md",)
     IN_WORKDIR = ("AGENTS.md", ".codex/config.toml")
     SANDBOX = {"read-only": "read-only", "workspace": "workspace-write", "full": "danger-full-access"}
@@ -2461,7 +2463,7 @@ class Codex(JsonRpc):
         self.tools: Set[str] = set()  # items that have been shown as a ToolUse
         self.thread_id = ""
         self.begun: Optional[Init] = None  # what is told of the thread in a later turn
-        self.ahead: Tuple[int, Json] = (0, {})  # the call that starts a thread before there is a request; and how
+        self.ahead: Tuple[int, Json] = (0, {})  # the thread/start that was said ahead: its number (0: none), its params
 
     @classmethod
     def find(cls, name: str, config: Config) -> Optional[List[str]]:
@@ -2557,7 +2559,7 @@ class Codex(JsonRpc):
         then = functools.partial(self.thread_started, request)
         number, params = self.ahead
         if number and params == {"ephemeral": not request.keeps, **self.thread(request)}:
-            self.replies[number] = then  # nobody has read it yet
+            self.replies[number] = then  # its reply may be there, but what a spare prints is read only now
             return
         if request.resume:
             of_before = {"threadId": request.resume, "excludeTurns": True}
@@ -2597,7 +2599,7 @@ class Codex(JsonRpc):
 
     def ask_on(self, request: Settled, mouth: Mouth) -> None:
         self.spoken, self.counts_before, self.tools = Spoken(), self.counts, set()
-        self.start_turn(request, mouth, self.turn_begun_again)
+        self.start_turn(request, mouth, self.next_turn_started)
 
     def start_turn(self, request: Settled, mouth: Mouth, then: Callable[[Json, Mouth], Iterator[Event]]) -> None:
         turn: Json = {"threadId": self.thread_id, "input": [{"type": "text", "text": request.prompt}]}
@@ -2606,10 +2608,10 @@ class Codex(JsonRpc):
         self.call(mouth, "turn/start", turn, then)
 
     def turn_started(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
-        self.turn, self.heeds = reply["turn"]["id"], True
+        self.turn, self.accepted = reply["turn"]["id"], True
         return iter(())
 
-    def turn_begun_again(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
+    def next_turn_started(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
         assert self.begun
         yield self.begun
         yield from self.turn_started(reply, mouth)
@@ -2779,8 +2781,8 @@ class Gemini(JsonRpc):
     ALIASES = frozenset({"auto", "pro", "flash", "flash-lite"})
     REPLAY_SILENCE = 3.0  # seconds
     can_wait = True
-    CREDENTIALS = tuple(f".gemini/{name}" for name in ("oauth_creds.json", "google_accounts.json",
-                                                       "gemini-credentials.json", ".env")) + (".env",)
+    LOGIN_AND_SETTINGS = tuple(f".gemini/{name}" for name in ("oauth_creds.json", "google_accounts.json",
+                                                              "gemini-credentials.json", ".env")) + (".env",)
     MEMORY = (".gemini/GEMINI.md", ".gemini/settings.json")
     IN_WORKDIR = ("GEMINI.md", ".gemini/settings.json")
     MODEL = "flash"  # of the model way, if none is said: "auto" asks the provider first which one to take
@@ -2802,8 +2804,8 @@ class Gemini(JsonRpc):
         self.session = self.model = ""
         self.default_model = self.started_with = ""
         self.auth: Any = None  # how the user logs in
-        self.place = ""  # where its session is opened, in the model way
-        self.limit: Optional[Tuple[str, int]] = None  # the max_tokens that its settings have, and for which model
+        self.place = ""  # another name of the directory that it runs in, to open its session there
+        self.limit: Optional[Tuple[str, int]] = None  # for which model its settings have what max_tokens
         self.begun = False  # the session is open
         self.anew = False  # nothing of the conversation to go on with has been stored: it begins only now
         self.logged = 0  # bytes of its debug log, when the turn began
@@ -2847,6 +2849,7 @@ class Gemini(JsonRpc):
             env.update(GEMINI_CLI_HOME=str(self.scratch), GEMINI_SYSTEM_MD=str(self.scratch / "system.md"),
                        TMPDIR=str(self.scratch))
             self.furnish(self.scratch, users)
+            self.write_system_prompt(request)
             self.write_settings(request)
         else:
             argv += ["--session-id", self.first_session, *(["-s"] if request.sandbox_mode == "workspace" else [])]
@@ -2854,10 +2857,10 @@ class Gemini(JsonRpc):
         argv += [*option("-m", self.started_with), *self.own_flags, *request.extra]
         return Command(argv, request.workdir, env)
 
-    def stamps(self, workdir: str) -> Tuple[str, ...]:
+    def stamps(self, request: Settled) -> Tuple[str, ...]:
         """Of the user's settings, which gemini itself writes anew now and then, the model way takes two."""
-        users = {} if workdir else read_json_with_comments(self.user_home / ".gemini" / "settings.json")
-        return (*super().stamps(workdir), json.dumps([users.get("security"), users.get("model")]))
+        users = read_json_with_comments(self.user_home / ".gemini" / "settings.json") if request.isolated else {}
+        return (*super().stamps(request), json.dumps([users.get("security"), users.get("model")]))
 
     def stored(self) -> str:
         files = loadable_files(self.chats(), self.session) or chat_files(self.chats(), self.session)
@@ -2874,22 +2877,33 @@ class Gemini(JsonRpc):
         link(self.user_home / ".env", home / ".env")
         self.auth = (users.get("security") or {}).get("auth")
 
-    def write_settings(self, request: Settled) -> None:
-        """Ours, and the system prompt: gemini reads that when it opens a session; the settings then, too, but for ten
-        seconds only where it has opened none before."""
+    def write_system_prompt(self, request: Settled) -> None:
+        """gemini reads it when it opens a session."""
         assert self.scratch
         (self.scratch / "system.md").write_text(literal(request.system_prompt), encoding="utf-8")
-        limit = (request.model, request.max_tokens) if request.max_tokens and request.model else None
-        if limit == self.limit and self.place:
-            return
+
+    def write_settings(self, request: Settled) -> None:
+        assert self.scratch
+        self.limit = self.limit_of(request)
         settings: Json = {**self.ISOLATED, **({"security": {"auth": self.auth}} if self.auth else {})}
-        if limit:
+        if self.limit:
             settings["modelConfigs"] = {"overrides": [{"match": {"model": request.model}, "modelConfig": {
                 "generateContentConfig": {"maxOutputTokens": request.max_tokens}}}]}
-        (self.scratch / ".gemini" / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        if self.place:
-            (self.scratch / "empty").symlink_to(request.workdir)
-        self.limit, self.place = limit, str(self.scratch / "empty") if self.place else request.workdir
+        write_whole(self.scratch / ".gemini" / "settings.json", json.dumps(settings))
+
+    @staticmethod
+    def limit_of(request: Settled) -> Optional[Tuple[str, int]]:
+        return (request.model, request.max_tokens) if request.max_tokens and request.model else None
+
+    def furnish_for(self, request: Settled) -> None:
+        """What it could not be started with. For ten seconds gemini keeps the settings that it has read for a
+        directory, so that others need another name of it."""
+        assert self.scratch
+        self.write_system_prompt(request)
+        if self.limit_of(request) != self.limit:
+            self.write_settings(request)
+            self.place = str(self.scratch / "empty")
+            os.symlink(request.workdir, self.place)
 
     def refuse_without_login(self, users: Json) -> None:
         """A login with Google that is missing makes gemini ask for a code, for ever."""
@@ -2917,8 +2931,8 @@ class Gemini(JsonRpc):
 
     def ask(self, request: Settled, mouth: Mouth) -> None:
         self.request, self.grants = request, grants_leave(request)
-        if self.place:
-            self.write_settings(request)
+        if self.started_ahead:
+            self.furnish_for(request)
         if 1 not in self.replies:  # it is past its greeting
             self.open_session(request, mouth)
 
@@ -2977,7 +2991,7 @@ class Gemini(JsonRpc):
 
     def give_prompt(self, mouth: Mouth) -> None:
         assert self.request
-        self.prompted = self.heeds = True
+        self.prompted = self.accepted = True
         model = self.model_of(self.request)
         if self.request.isolated and model != self.started_with:  # a CLI that had waited; the name alone takes no time
             self.call(mouth, "session/set_model", {"sessionId": self.session, "modelId": model}, self.nothing)
@@ -3406,7 +3420,7 @@ def kind_of(name: str) -> Type[Backend]:
 
 
 # ==== Processes ===================================================================================
-# In: a Command. Out: what the CLI prints, until none of its descendants is left. Here, and only here, they are started.
+# In: a Command. Out: what the CLI prints, until none of its descendants is left. Here, and only here, CLIs are started.
 
 class Stop:
     """Why a run must end before its time. Whoever waits for something asks, every TICK."""
@@ -3753,6 +3767,10 @@ class Children:
             return self.changed.wait_for(lambda: not self.alive, seconds)
 
 
+def nothing() -> None:
+    """For when nothing is to be done once a process has gone."""
+
+
 def output_of(children: Children, stop: Stop, command: Command, said: bytes, until: bytes) -> bytes:
     """What a command prints when it is told `said`: all of it, or up to what matches the pattern `until`."""
     child = children.start(command)
@@ -3766,7 +3784,7 @@ def output_of(children: Children, stop: Stop, command: Command, said: bytes, unt
             if until and re.search(until, heard):
                 break
     finally:
-        children.dismiss(child, lambda: None, patience=0.0)
+        children.dismiss(child, nothing, patience=0.0)
     return bytes(heard)
 
 
@@ -3875,353 +3893,9 @@ def targets(family: List[Process], told: Set[int]) -> Set[int]:
     return {-p.group if p.group in led else p.pid for p in family if p.pid not in told}
 
 
-# ==== Spares ======================================================================================
-# In: started CLIs of which no run is going on. Out: the one that a request can go on with, if there is one (SPEC 4).
+# ---- Memory
 
-def nothing() -> None:
-    """For when nothing is to be done."""
-
-
-@dataclass(eq=False)
-class Spare:
-    """A started CLI, and who speaks with it: for its first turn, or for the next one of a conversation."""
-    backend: Backend
-    child: Child
-    stamps: Tuple[str, ...]  # of what it has read at its start
-    workdir: str  # of an agent; "" if it is the model
-    fits: Tuple[Any, ...] = ()  # what a request must have in common with the conversation
-    start: Literal["cold", "spare", "live"] = "cold"  # how it came to be there, to who takes it
-    conversation: str = ""  # what its conversation goes by; "": it has had none
-    session_id: str = ""
-    family: FrozenSet[int] = frozenset()  # its processes, before a tool of the present turn has run
-    weighed: bool = False  # its memory is within bounds
-    stored: str = ""  # of its conversation, once that is whole
-    since: float = dataclasses.field(default_factory=time.monotonic)  # when it last began to wait
-
-    START_SECS: ClassVar[float] = 20.0  # for a CLI to start, on a busy machine
-    HEEDS_SECS: ClassVar[float] = 3.0  # for one that has started to answer us
-
-    def is_starting(self) -> bool:
-        """Until it has answered to its greeting."""
-        return self.start == "spare" and not self.child.has_printed()
-
-    def ask(self, request: Settled) -> None:
-        self.child.begin_turn()
-        self.backend.heeds = False
-        if self.start == "live":
-            assert request.conversation
-            self.backend.ask_on(dataclasses.replace(request, prompt=request.conversation.turn), self.child)
-        else:
-            self.backend.ask(request, self.child)
-
-    def heeds_by(self) -> float:
-        """When it must have answered us, or hangs."""
-        return time.monotonic() + (self.START_SECS if self.is_starting() else self.HEEDS_SECS)
-
-    def processes(self) -> FrozenSet[int]:
-        return frozenset(process.pid for process in descendants(self.child.process, self.child.mark))
-
-    def is_current(self) -> bool:
-        """Whether it lives, one that is started now would read the same, and nobody else has gone on with its
-        conversation."""
-        return (self.child.is_there and self.stamps == self.backend.stamps(self.workdir) and
-                not (self.stored and self.stored != self.backend.stored()))
-
-    def can_go_on(self, turn: Settled) -> bool:
-        return self.is_current() and not self.goes_on_by_itself() and not self.backend.refuses(turn)
-
-    def goes_on_by_itself(self) -> bool:
-        """Whether it has said something since its answer: it would be taken for the next one."""
-        try:
-            return any(True for data in self.child.pending() for _ in self.backend.read(data, self.child))
-        except ClinvkError:
-            return True
-
-
-def started(request: Settled, backend: Backend, children: Children, stop: Stop) -> Spare:
-    """Start the CLI for a request, or for one like it, and greet it. Raises a ClinvkError if that can not be done."""
-    workdir = "" if request.isolated else request.workdir
-    try:
-        stamps = backend.stamps(workdir)
-        backend.prepare(request, functools.partial(output_of, children, stop))
-        child = children.start(backend.command(request))
-    except BaseException:
-        backend.clean_up()
-        raise
-    backend.greet(child)
-    return Spare(backend, child, stamps, workdir)
-
-
-class Heard:
-    """What of a turn matters to the next one."""
-
-    def __init__(self) -> None:
-        self.text, self.characters, self.spoken = hashlib.sha256(), 0, False
-        self.tokens = 0  # of the conversation, as the provider counts them
-        self.used_tools = False
-        self.done = Done(-1)
-
-    def add(self, event: Event) -> None:
-        if isinstance(event, Message):
-            text = PARAGRAPH + event.text if event.opens and self.spoken else event.text
-            self.spoken = True
-            self.characters += len(text)
-            self.text.update(utf8(text))
-        elif isinstance(event, TokenUsage):
-            self.tokens = event.usage.all_input + event.usage.output_tokens
-        elif isinstance(event, ToolUse):
-            self.used_tools = True
-        elif isinstance(event, Done):
-            self.done = event
-
-
-class Spares:
-    """The CLIs that wait: up to `server.spares` that have only been started, one of a backend at most, and up to
-    `server.live_conversations` that have just answered. One thread tends them, once there is something to tend."""
-    LOOK_SECS = 1.0  # between two looks at those that wait
-    HOLDS_SECS = 0.25  # if one has a session's conversation, which another server may ask for
-    STORED_SECS = 0.2  # after which a CLI has stored a turn
-    CONTEXT_TOKENS = 100_000  # of a conversation: beyond, CLIs begin to shorten it
-    MEMORY_BYTES = 768 * 2**20  # of one CLI and its descendants
-
-    def __init__(self, settings: ServerConfig, children: Children, slots: Slots, closing: threading.Event,
-                 holds: Holds, backend_of: Callable[[str], Backend]) -> None:
-        self.settings, self.children, self.slots, self.closing = settings, children, slots, closing
-        self.holds, self.backend_of = holds, backend_of
-        self.changed = threading.Condition(threading.RLock())  # guards the rest
-        self.fresh: Dict[str, Spare] = {}  # backend -> its spare
-        self.live: List[Spare] = []  # the one that answered last comes last
-        self.wanted: Dict[str, Settled] = {}  # backend -> a request like those to come; the last one comes last
-        self.wanted_at: Dict[str, float] = {}  # backend -> when that came
-        self.leaving: Dict[str, threading.Thread] = {}  # session -> who sees off the process that has it
-        self.keeper: Optional[threading.Thread] = None
-        self.starting = threading.Lock()  # held while a spare is being started
-
-    # ---- For a run
-
-    def take(self, request: Settled) -> Optional[Spare]:
-        """A CLI that this request can go on with, the caller's from now on. None: one must be started."""
-        with self.changed:
-            found = self.live_one_locked(request) or self.fresh_one_locked(request)
-            self.retire([] if found else self.in_the_way_locked(request))
-            leaving = self.leaving.get(request.conversation.session_id) if request.conversation else None
-        if leaving:
-            leaving.join()  # it has the conversation
-        return found
-
-    def live_one_locked(self, request: Settled) -> Optional[Spare]:
-        """The process that gave the last answer of the conversation."""
-        talk = request.conversation
-        if not talk or not talk.before:
-            return None
-        for spare in self.live:
-            fits = (spare.conversation, spare.fits) == (talk.before, request.standing)
-            if fits and spare.can_go_on(dataclasses.replace(request, prompt=talk.turn)):
-                self.live.remove(spare)
-                spare.stored = ""  # the turn to come changes that
-                return spare
-        return None
-
-    def fresh_one_locked(self, request: Settled) -> Optional[Spare]:
-        spare = self.fresh.get(request.backend)
-        if spare and request.isolated and not request.extra and spare.is_current():
-            return self.fresh.pop(request.backend)
-        return None
-
-    def in_the_way_locked(self, request: Settled) -> List[Spare]:
-        """What must go before a CLI is started: one that has the conversation, and does not fit; and what is only just
-        being started, which is put off."""
-        talk = request.conversation
-        stuck = [spare for spare in self.live if talk and talk.session_id and spare.session_id == talk.session_id]
-        self.live = [spare for spare in self.live if spare not in stuck]
-        hasty = [name for name, spare in self.fresh.items() if spare.is_starting()]
-        return stuck + [self.fresh.pop(name) for name in hasty]
-
-    def keep(self, spare: Spare, request: Settled, heard: Heard) -> bool:
-        """Whether the CLI waits, from now on, for the next turn of the conversation; else it is still the caller's."""
-        talk, whole = request.conversation, heard.done.exit_code == 0 and heard.done.stop == "end"
-        size = max(heard.tokens, estimate(heard.characters + len(request.prompt) + len(request.system_prompt)))
-        if not (self.settings.live_conversations and talk and whole and spare.backend.can_wait and
-                spare.backend.lasts(request) and size < self.CONTEXT_TOKENS and spare.is_current() and
-                not (heard.used_tools and spare.processes() - spare.family - {spare.child.process.pid})):
-            return False
-        spare.start, spare.fits, spare.since = "live", request.standing, time.monotonic()
-        spare.weighed, spare.stored = False, ""
-        spare.conversation, spare.session_id = talk.after(heard.text.hexdigest()), talk.session_id
-        with self.changed:
-            if self.closing.is_set():
-                return False
-            surplus = max(0, len(self.live) + 1 - self.settings.live_conversations)
-            crowded, self.live = self.live[:surplus], [*self.live[surplus:], spare]
-            self.tend_locked()
-        self.retire(crowded)
-        return True
-
-    def want(self, request: Settled) -> None:
-        """There may come another request like this one, whose answer has ended: have a CLI ready for it."""
-        name = request.backend
-        if not (self.settings.spares and request.isolated and not request.extra and kind_of(name).can_wait):
-            return
-        with self.changed:
-            self.wanted.pop(name, None)
-            self.wanted[name] = dataclasses.replace(request, prompt="", conversation=None)
-            self.wanted_at[name] = time.monotonic()
-            surplus = list(self.wanted)[:-self.settings.spares]
-            ended = [self.fresh.pop(other) for other in surplus if other in self.fresh]
-            for other in surplus:
-                del self.wanted[other]
-            self.tend_locked()
-        self.retire(ended)
-
-    def end(self, spare: Spare, then: Callable[[], None], *, patience: float) -> threading.Thread:
-        """End it in a thread of its own, and call `then` when nothing is left of it."""
-        with self.changed:
-            thread = self.children.dismiss(spare.child, functools.partial(self.is_gone, spare, then), patience=patience)
-            if spare.session_id:
-                self.leaving[spare.session_id] = thread
-        return thread
-
-    def retire(self, spares: Iterable[Spare]) -> None:
-        """End those that wait no longer; one with a session's conversation stores that."""
-        for spare in spares:
-            self.end(spare, nothing, patience=PATIENCE if spare.session_id else 0.0)
-
-    def is_gone(self, spare: Spare, then: Callable[[], None]) -> None:
-        try:
-            spare.backend.clean_up()
-        finally:
-            if spare.session_id:
-                self.holds.let_go(spare.session_id)
-            with self.changed:
-                if self.leaving.get(spare.session_id) is threading.current_thread():
-                    del self.leaving[spare.session_id]
-            then()
-
-    def let_go(self, session_id: str) -> None:
-        """Returns when no process that waits has the conversation of that session."""
-        with self.changed:
-            ended = [spare for spare in self.live if spare.session_id == session_id]
-            self.live = [spare for spare in self.live if spare not in ended]
-            self.retire(ended)
-            leaving = self.leaving.get(session_id)
-        if leaving:
-            leaving.join()
-
-    # ---- The thread that tends them
-
-    def tend_locked(self) -> None:
-        if self.keeper is None:
-            self.keeper = threading.Thread(target=self.tend, name="spares", daemon=True)
-            self.keeper.start()
-        self.changed.notify_all()
-
-    def tend(self) -> None:
-        """Start what is wanted when no run is going on, and end what waits in vain."""
-        looked_at = 0.0
-        while not self.closing.is_set():
-            try:
-                looked_at = self.tend_once(looked_at)
-            except Exception:
-                LOG.error("the CLIs that wait: a defect of clinvk\n%s", traceback.format_exc())
-                self.closing.wait(self.LOOK_SECS)
-        self.close()
-
-    def tend_once(self, looked_at: float) -> float:
-        """Do the next thing that is to be done; when those that wait were last looked at."""
-        with self.changed:
-            missing = [request for name, request in self.wanted.items() if name not in self.fresh]
-            held = any(spare.session_id for spare in self.live)
-            pause = self.HOLDS_SECS if held else self.LOOK_SECS if missing or self.fresh or self.live else math.inf
-            rest = looked_at + pause - time.monotonic()
-            if rest > 0 and not missing:
-                self.changed.wait(min(rest, threading.TIMEOUT_MAX))
-        if rest <= 0:  # a look takes 1.5 ms: too long for the end of each request
-            self.retire(self.outdated())
-            return time.monotonic()
-        if missing and self.slots.wait_until_idle(rest):
-            self.start(missing[-1])
-        return looked_at
-
-    def outdated(self) -> List[Spare]:
-        """Those that nobody has come for, that are not as one that is started now would be, or take too much memory:
-        they do not wait any more."""
-        with self.changed:
-            waiting = [*self.fresh.values(), *self.live]
-        asked_for: Container[str] = ()
-        with contextlib.suppress(StoreUnavailable):  # who asks for one waits
-            asked_for = self.holds.asked_for([spare.session_id for spare in waiting if spare.session_id])
-        short = bool(waiting) and memory_is_short()
-        unfit = [spare for spare in waiting if short or spare.session_id in asked_for or not spare.is_current() or
-                 self.is_overdue(spare) or self.is_too_large(spare)]
-        with self.changed:
-            unfit += [spare for spare in self.live if spare not in unfit and spare.goes_on_by_itself()]
-            ended = [spare for spare in unfit if spare in self.live or spare in self.fresh.values()]
-            self.live = [spare for spare in self.live if spare not in unfit]
-            for name in [name for name, spare in self.fresh.items() if spare in unfit]:
-                spare = self.fresh.pop(name)
-                if not spare.child.is_there:
-                    LOG.warning("a %s that waited for a request has ended by itself", name)
-                if short or spare.is_current() or not spare.child.is_there or self.is_overdue(spare):
-                    self.wanted.pop(name, None)  # else one is that reads what has changed
-        return ended
-
-    def is_overdue(self, spare: Spare) -> bool:
-        """Whether it waits in vain."""
-        since = spare.since if spare.start == "live" else self.wanted_at[spare.backend.name]
-        return time.monotonic() - since > self.settings.spare_idle_secs
-
-    def is_too_large(self, spare: Spare) -> bool:
-        """It is looked at once after each turn, when it has stored that."""
-        if not spare.weighed and time.monotonic() - spare.since > self.STORED_SECS:
-            spare.weighed, spare.stored = True, spare.backend.stored() if spare.session_id else ""
-            return memory_of(spare.processes()) > self.MEMORY_BYTES
-        return False
-
-    def start(self, request: Settled) -> None:
-        """Have a CLI ready for a request like this one."""
-        name = request.backend
-        with self.starting:
-            spare = None if self.closing.is_set() or memory_is_short() else self.ready_for(request)
-        with self.changed:
-            if spare and not self.closing.is_set() and name in self.wanted and name not in self.fresh:
-                self.fresh[name] = spare
-                return
-            self.wanted.pop(name, None)
-        self.retire([spare] if spare else [])
-
-    def ready_for(self, request: Settled) -> Optional[Spare]:
-        try:
-            backend = self.backend_of(request.backend)
-            backend.waits = True
-            stop = Stop(closing=self.closing).allow(Spare.START_SECS)
-            spare = started(request, backend, self.children, stop)
-        except (ClinvkError, OSError) as error:
-            LOG.warning("no %s is started for the next request: %s", request.backend, error)
-            return None
-        spare.start = "spare"
-        spare.backend.look_ahead(request, spare.child)
-        return spare
-
-    def close(self) -> None:
-        """End them all; the server is closing, so no more is started, or kept."""
-        with self.starting, self.changed:  # one that is being started is ended by its thread, or is here by now
-            waiting = [*self.fresh.values(), *self.live]
-            self.fresh, self.live = {}, []
-            self.changed.notify_all()
-        self.retire(waiting)
-
-
-class Holds(Protocol):
-    """Where it is known which sessions have their conversation in a process that waits."""
-
-    def let_go(self, session_id: str) -> None:
-        """The process has gone."""
-
-    def asked_for(self, session_ids: Sequence[str]) -> Container[str]:
-        """Those of the sessions, held here, that another server goes on with, or that are deleted."""
-
-
-SHORT = 0.1  # of the memory: with less than that to be had, nothing waits
+SHORT = 0.1  # of all memory: with less than that to be had, no CLI waits
 
 
 def memory_is_short() -> bool:
@@ -4253,6 +3927,366 @@ def memory_of(pids: Iterable[int]) -> int:
     return sum(int(kilobytes) * 1024 for kilobytes in listed.split())
 
 
+# ==== Spares ======================================================================================
+# In: started CLIs of which no run is going on. Out: the one that a request can go on with, if there is one (SPEC 4).
+
+@dataclass(eq=False)
+class Spare:
+    """A started CLI, and the backend that speaks with it: for its first turn, or for the next one of a conversation."""
+    backend: Backend
+    child: Child
+    stamps: Tuple[str, ...]  # of what it has read at its start
+    request: Settled  # the last one, or one like those to come; without a prompt
+    start: Literal["cold", "spare", "live"] = "cold"  # how it came to be there, for who takes it
+    key: str = ""  # of its conversation; "": it has had none
+    session_id: str = ""  # that of its conversation, if it is one's
+    family: FrozenSet[int] = frozenset()  # its processes in its first turn, before a tool has run
+    stored: Optional[str] = None  # the stamp of its conversation; None: not looked at since its last turn
+    since: float = dataclasses.field(default_factory=time.monotonic)  # when it last began to wait, or was wanted
+
+    START_SECS: ClassVar[float] = 20.0  # for a CLI to start, on a busy machine
+    ACCEPT_SECS: ClassVar[float] = 3.0  # for one that has started to accept a turn
+
+    def is_starting(self) -> bool:
+        """Until it has answered its greeting."""
+        return self.start == "spare" and not self.child.has_printed()
+
+    def ask(self, request: Settled) -> None:
+        self.child.begin_turn()
+        self.backend.accepted = False
+        if self.start == "live":
+            assert request.conversation
+            self.backend.ask_on(dataclasses.replace(request, prompt=request.conversation.turn), self.child)
+        else:
+            self.backend.ask(request, self.child)
+
+    def accepts_by(self) -> float:
+        """When it must have accepted a turn that begins now, or hangs. One that has not waited may take its time."""
+        if self.start == "cold":
+            return math.inf
+        return time.monotonic() + (self.START_SECS if self.is_starting() else self.ACCEPT_SECS)
+
+    def processes(self) -> FrozenSet[int]:
+        return frozenset(process.pid for process in descendants(self.child.process, self.child.mark))
+
+    def goes_on_by_itself(self) -> bool:
+        """Whether it has said something since its answer: it would be taken for the next one."""
+        try:
+            return any(True for data in self.child.pending() for _ in self.backend.read(data, self.child))
+        except ClinvkError:
+            return True
+
+    def is_current(self) -> bool:
+        """Whether it lives, one that is started now would read the same, and nobody else has gone on with its
+        conversation."""
+        return (self.child.is_there and self.stamps == self.backend.stamps(self.request) and
+                (not self.stored or self.stored == self.backend.stored()))
+
+
+def started(request: Settled, backend: Backend, children: Children, stop: Stop) -> Spare:
+    """Start the CLI for a request, or for one like it, and greet it. Raises a ClinvkError if that can not be done."""
+    try:
+        stamps = backend.stamps(request)
+        backend.prepare(request, functools.partial(output_of, children, stop))
+        child = children.start(backend.command(request))
+    except BaseException:
+        backend.clean_up()
+        raise
+    backend.greet(child)
+    return Spare(backend, child, stamps, without_prompt(request))
+
+
+def without_prompt(request: Settled) -> Settled:
+    """What is remembered of a request: a prompt may have megabytes."""
+    return dataclasses.replace(request, prompt="", conversation=None)
+
+
+class Heard:
+    """What of an answer decides whether its CLI can go on with the conversation."""
+
+    def __init__(self) -> None:
+        self.text = hashlib.sha256()  # as a client gets it
+        self.characters, self.spoken = 0, False
+        self.tokens = 0  # of the conversation, as the provider counts them
+        self.used_tools = False
+        self.done = Done(-1)
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Message):
+            text = PARAGRAPH + event.text if event.opens and self.spoken else event.text
+            self.characters, self.spoken = self.characters + len(text), True
+            self.text.update(utf8(text))
+        elif isinstance(event, TokenUsage):
+            self.tokens = event.usage.all_input + event.usage.output_tokens
+        elif isinstance(event, ToolUse):
+            self.used_tools = True
+        elif isinstance(event, Done):
+            self.done = event
+
+    @property
+    def is_whole(self) -> bool:
+        return self.done.exit_code == 0 and self.done.stop == "end"
+
+
+class Wanted(NamedTuple):
+    request: Settled  # one like those to come
+    at: float  # when the last one like it came
+
+
+class Holds(Protocol):
+    """Where it is known which sessions have their conversation in a process that waits."""
+
+    def free(self, session_id: str) -> None:
+        """The process has gone."""
+
+    def asked_for(self, session_ids: Sequence[str]) -> Container[str]:
+        """Those of the sessions, held here, that another server goes on with, or that are deleted."""
+
+
+class Spares:
+    """The CLIs that wait: up to `server.spares` that have only been started, one of a backend at most, and up to
+    `server.live_conversations` that have just answered. One thread tends them, once there is something to tend."""
+    LOOK_SECS = 1.0  # between two looks at those that wait
+    HOLDS_SECS = 0.25  # the same, if one has a session's conversation, which another server may ask for
+    STORED_SECS = 0.2  # after which a CLI has stored a turn
+    CONTEXT_TOKENS = 100_000  # of a conversation: beyond, CLIs begin to shorten it
+    MEMORY_BYTES = 768 * 2**20  # of one CLI and its descendants, at most
+
+    def __init__(self, settings: ServerConfig, children: Children, slots: Slots, closing: threading.Event,
+                 holds: Holds, backend_of: Callable[[str], Backend]) -> None:
+        self.settings, self.children, self.slots, self.closing = settings, children, slots, closing
+        self.holds, self.backend_of = holds, backend_of
+        self.changed = threading.Condition(threading.RLock())  # guards the rest
+        self.fresh: Dict[str, Spare] = {}  # backend -> its spare
+        self.live: List[Spare] = []  # the one that answered last comes last
+        self.wanted: Dict[str, Wanted] = {}  # by backend, what came last at the end; holds all of `fresh`
+        self.leaving: Dict[str, threading.Thread] = {}  # session -> who sees off the process that has it
+        self.keeper: Optional[threading.Thread] = None
+        self.starting = threading.Lock()  # held while a spare is being started
+
+    # ---- For a run
+
+    def take(self, request: Settled) -> Optional[Spare]:
+        """A CLI that this request can go on with, the caller's from now on. None: one must be started."""
+        with self.changed:
+            found = self.live_one_locked(request) or self.fresh_one_locked(request)
+            self.retire([] if found else self.in_the_way_locked(request))
+            leaving = self.leaving.get(request.conversation.session_id) if request.conversation else None
+        if leaving:
+            leaving.join()  # it has the conversation
+        return found
+
+    def live_one_locked(self, request: Settled) -> Optional[Spare]:
+        """The process that gave the last answer of the conversation."""
+        talk = request.conversation
+        if not talk or not talk.key_before:
+            return None
+        for spare in self.live:
+            fits = spare.key == talk.key_before and spare.request.standing == request.standing
+            refused = spare.backend.refuses(dataclasses.replace(request, prompt=talk.turn)) if fits else ""
+            if fits and not refused and spare.is_current() and not spare.goes_on_by_itself():
+                self.live.remove(spare)
+                return spare
+        return None
+
+    def fresh_one_locked(self, request: Settled) -> Optional[Spare]:
+        spare = self.fresh.get(request.backend)
+        if spare and request.isolated and not request.extra and spare.is_current():
+            return self.fresh.pop(request.backend)
+        return None
+
+    def in_the_way_locked(self, request: Settled) -> List[Spare]:
+        """What must go before a CLI is started: one that has the conversation, and does not fit; and what is only just
+        being started, which is put off."""
+        talk = request.conversation
+        stuck = [spare for spare in self.live if talk and talk.session_id and spare.session_id == talk.session_id]
+        self.live = [spare for spare in self.live if spare not in stuck]
+        hasty = [name for name, spare in self.fresh.items() if spare.is_starting()]
+        return stuck + [self.fresh.pop(name) for name in hasty]
+
+    def take_back(self, spare: Spare, request: Settled, heard: Heard) -> bool:
+        """Whether the CLI waits, from now on, for the next turn of the conversation; else it is still the caller's."""
+        talk = request.conversation
+        spare.stored = None  # the turn has changed it
+        if not (talk and self.settings.live_conversations and self.can_go_on(spare, request, heard)):
+            return False
+        spare.start, spare.request, spare.since = "live", without_prompt(request), time.monotonic()
+        spare.key, spare.session_id = talk.key_after(heard.text.hexdigest()), talk.session_id
+        with self.changed:
+            if self.closing.is_set():
+                return False
+            surplus = max(0, len(self.live) + 1 - self.settings.live_conversations)
+            crowded, self.live = self.live[:surplus], [*self.live[surplus:], spare]
+            self.tend_locked()
+        self.retire(crowded)
+        return True
+
+    def can_go_on(self, spare: Spare, request: Settled, heard: Heard) -> bool:
+        """Whether the conversation is whole, not too long, and the CLI as one that is started for its next turn."""
+        size = max(heard.tokens, estimate(heard.characters + len(request.prompt) + len(request.system_prompt)))
+        able = spare.backend.can_wait and spare.backend.lasts(request) and spare.is_current()
+        left_running = heard.used_tools and spare.processes() - spare.family
+        return able and heard.is_whole and size < self.CONTEXT_TOKENS and not left_running
+
+    def want(self, request: Settled) -> None:
+        """There may come another request like this one, whose answer has ended: have a CLI ready for it."""
+        name = request.backend
+        if not (self.settings.spares and request.isolated and not request.extra and kind_of(name).can_wait):
+            return
+        with self.changed:
+            self.wanted.pop(name, None)
+            self.wanted[name] = Wanted(without_prompt(request), time.monotonic())
+            if name in self.fresh:
+                self.fresh[name].since = time.monotonic()
+            surplus = list(self.wanted)[:-self.settings.spares]
+            ended = [self.fresh.pop(other) for other in surplus if other in self.fresh]
+            for other in surplus:
+                del self.wanted[other]
+            self.tend_locked()
+        self.retire(ended)
+
+    def end(self, spare: Spare, then: Callable[[], None], *, patience: float) -> threading.Thread:
+        """End it in a thread of its own, and call `then` when nothing is left of it."""
+        with self.changed:
+            thread = self.children.dismiss(spare.child, functools.partial(self.ended, spare, then), patience=patience)
+            if spare.session_id:
+                self.leaving[spare.session_id] = thread
+        return thread
+
+    def retire(self, spares: Iterable[Spare]) -> None:
+        """End those that wait no longer; one with a session's conversation stores that."""
+        for spare in spares:
+            self.end(spare, nothing, patience=PATIENCE if spare.session_id else 0.0)
+
+    def ended(self, spare: Spare, then: Callable[[], None]) -> None:
+        """Nothing is left of it but files, and the mark at its session."""
+        try:
+            spare.backend.clean_up()
+        finally:
+            if spare.session_id:
+                self.holds.free(spare.session_id)
+            with self.changed:
+                if self.leaving.get(spare.session_id) is threading.current_thread():
+                    del self.leaving[spare.session_id]
+            then()
+
+    def let_go(self, session_id: str) -> None:
+        """Returns when no process that waits has the conversation of that session."""
+        with self.changed:
+            ended = [spare for spare in self.live if spare.session_id == session_id]
+            self.live = [spare for spare in self.live if spare not in ended]
+            self.retire(ended)
+            leaving = self.leaving.get(session_id)
+        if leaving:
+            leaving.join()
+
+    # ---- The thread that tends them
+
+    def tend_locked(self) -> None:
+        if self.keeper is None:
+            self.keeper = threading.Thread(target=self.tend, name="spares", daemon=True)
+            self.keeper.start()
+        self.changed.notify_all()
+
+    def tend(self) -> None:
+        looked_at = 0.0
+        while not self.closing.is_set():
+            try:
+                looked_at = self.tend_once(looked_at)
+            except Exception:  # what waits would have nobody to end it
+                LOG.error("a defect of clinvk, in what tends the CLIs that wait\n%s", traceback.format_exc())
+                self.closing.wait(self.LOOK_SECS)
+        self.close()
+
+    def tend_once(self, looked_at: float) -> float:
+        """Wait until something is to be done, and do it: end what waits in vain, or, if no run is going on, start what is
+        wanted. When those that wait were last looked at."""
+        with self.changed:
+            missing = [wanted for name, wanted in self.wanted.items() if name not in self.fresh]
+            holds = any(spare.session_id for spare in self.live)
+            pause = self.HOLDS_SECS if holds else self.LOOK_SECS if missing or self.fresh or self.live else math.inf
+            rest = looked_at + pause - time.monotonic()
+            if rest > 0 and not missing:
+                self.changed.wait(min(rest, threading.TIMEOUT_MAX))
+        if rest <= 0:  # a look takes 1.5 ms: too long for the end of each request
+            self.retire(self.outdated())
+            return time.monotonic()
+        if missing and self.slots.wait_until_idle(rest):
+            self.start(missing[-1])
+        return looked_at
+
+    def outdated(self) -> List[Spare]:
+        """Those that nobody has come for, that are not as one that is started now would be, or take too much memory:
+        they do not wait any more."""
+        with self.changed:
+            waiting = [*self.fresh.values(), *self.live]
+        asked_for: Container[str] = ()
+        with contextlib.suppress(StoreUnavailable):  # who asks for one waits
+            asked_for = self.holds.asked_for([spare.session_id for spare in waiting if spare.session_id])
+        short = bool(waiting) and memory_is_short()
+        stale = [spare for spare in waiting if not spare.is_current()]
+        unfit = [spare for spare in waiting if short or spare in stale or spare.session_id in asked_for or
+                 self.is_overdue(spare) or not self.settles(spare)]
+        with self.changed:
+            unfit += [spare for spare in self.live if spare not in unfit and spare.goes_on_by_itself()]
+            ended = [spare for spare in unfit if spare in self.live or spare in self.fresh.values()]
+            self.live = [spare for spare in self.live if spare not in unfit]
+            for name in [name for name, spare in self.fresh.items() if spare in unfit]:
+                spare = self.fresh.pop(name)
+                if not spare.child.is_there:
+                    LOG.warning("a %s that waited for a request has ended by itself", name)
+                elif spare in stale and not short and not self.is_overdue(spare):
+                    continue  # another is started, that reads what has changed
+                self.wanted.pop(name, None)
+        return ended
+
+    def is_overdue(self, spare: Spare) -> bool:
+        """Whether it waits in vain."""
+        return time.monotonic() - spare.since > self.settings.spare_idle_secs
+
+    def settles(self, spare: Spare) -> bool:
+        """Whether it takes no more memory than it may. That, and what it has stored, is looked at once after each turn,
+        when it is at rest."""
+        if spare.stored is not None or time.monotonic() - spare.since < self.STORED_SECS:
+            return True
+        spare.stored = spare.backend.stored() if spare.session_id else ""
+        return memory_of(spare.processes()) <= self.MEMORY_BYTES
+
+    def start(self, wanted: Wanted) -> None:
+        """Have a CLI ready for a request like the one that was asked."""
+        name = wanted.request.backend
+        with self.starting:
+            spare = None if self.closing.is_set() or memory_is_short() else self.ready_for(wanted.request)
+        with self.changed:
+            if spare and not self.closing.is_set() and name in self.wanted and name not in self.fresh:
+                spare.since = self.wanted[name].at
+                self.fresh[name] = spare
+                return
+            self.wanted.pop(name, None)
+        self.retire([spare] if spare else [])
+
+    def ready_for(self, request: Settled) -> Optional[Spare]:
+        try:
+            backend = self.backend_of(request.backend)
+            backend.started_ahead = True
+            stop = Stop(closing=self.closing).allow(Spare.START_SECS)
+            spare = started(request, backend, self.children, stop)
+        except (ClinvkError, OSError) as error:
+            LOG.warning("no %s is started for the next request: %s", request.backend, error)
+            return None
+        spare.start = "spare"
+        spare.backend.look_ahead(request, spare.child)
+        return spare
+
+    def close(self) -> None:
+        """End them all; the server is closing, so no more is started."""
+        with self.starting, self.changed:  # one that is being started is ended by its thread, or is here by now
+            waiting = [*self.fresh.values(), *self.live]
+            self.fresh, self.live = {}, []
+            self.changed.notify_all()
+        self.retire(waiting)
+
+
 # ==== Runs ========================================================================================
 # In: a Settled request and its backend. Out: the events of the run.
 
@@ -4268,7 +4302,7 @@ class Ran:
     usage: Optional[Usage] = None
     cost_usd: float = 0.0
     first_text_secs: Optional[float] = None  # from the request to the first output
-    request: Optional[Settled] = None
+    request: Optional[Settled] = None  # another like it may come
 
     @property
     def seconds(self) -> float:
@@ -4348,7 +4382,7 @@ def in_a_slot(request: Settled, backend: Backend, spares: Spares, slots: Slots, 
     if isinstance(backend, InProcess):
         yield from in_process(backend.answer(request), slots, stop)
     else:
-        yield from conversation(request, backend, spares, slots, stop, ran)
+        yield from from_cli(request, backend, spares, slots, stop, ran)
 
 
 def in_process(events: Iterator[Event], slots: Slots, stop: Stop) -> Events:
@@ -4364,8 +4398,8 @@ def in_process(events: Iterator[Event], slots: Slots, stop: Stop) -> Events:
         slots.release()
 
 
-def conversation(request: Settled, backend: Backend, spares: Spares, slots: Slots, stop: Stop, ran: Ran) -> Events:
-    """One turn: of a CLI that waits for it, or, if there is none or it fails unheard, of one that is started for it."""
+def from_cli(request: Settled, backend: Backend, spares: Spares, slots: Slots, stop: Stop, ran: Ran) -> Events:
+    """The events of a CLI that waits for this request; if there is none, or it is Unfit, of one that is started."""
     with slots.released_on_error():
         cli = spares.take(request) or started(request, backend, spares.children, stop)
     ran.start = cli.start
@@ -4388,31 +4422,31 @@ def turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Sto
     """Ask, and pass on what the CLI says until its answer is complete; then it waits for the next turn, or goes. The
     slot is given back. Raises Unfit, and keeps the slot."""
     done: Optional[Done] = None
-    heard, then = Heard(), slots.release
-    alone = request.keeps and spares.settings.live_conversations > 0  # no tool has run yet
+    heard, when_gone = Heard(), slots.release
+    alone = request.keeps and spares.settings.live_conversations > 0 and not spare.family  # no tool has run yet
     try:
         for event in answered_by(request, spare, stop):
             heard.add(event)
             if alone and not isinstance(event, Init):
                 alone = False
-                spare.family = frozenset() if heard.used_tools else spare.processes()
+                spare.family = spare.processes() if not heard.used_tools else frozenset({spare.child.process.pid})
             if isinstance(event, Done):
                 done = event
             else:
                 yield event
     except Unfit:
-        then = nothing
+        when_gone = nothing
         raise
     finally:
         waits = False
         try:
-            waits = done is not None and spares.keep(spare, request, heard)
+            waits = done is not None and spares.take_back(spare, request, heard)
         finally:
             if waits:
-                then()
+                slots.release()
             else:
                 patience = PATIENCE if done and done.exit_code == 0 else 0.0
-                leaving = spares.end(spare, then, patience=patience)
+                leaving = spares.end(spare, when_gone, patience=patience)
                 if request.keeps and (spare.backend.stores_at_exit or not done):
                     leaving.join()  # only then can the next turn begin
     assert done
@@ -4421,9 +4455,9 @@ def turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Sto
 
 def answered_by(request: Settled, spare: Spare, stop: Stop) -> Iterator[Event]:
     """The events of one turn. Raises Unfit if the CLI had waited, and fails before anything comes of the answer."""
-    heeds_by = math.inf if spare.start == "cold" else spare.heeds_by()
+    accepts_by = spare.accepts_by()
     spare.ask(request)
-    events = told_by(spare.backend, spare.child, stop, heeds_by=heeds_by)
+    events = told_by(spare.backend, spare.child, stop, accepts_by=accepts_by)
     if spare.start == "cold":
         yield from events
         return
@@ -4446,13 +4480,13 @@ def is_unfit(backend: Backend, error: ClinvkError, request: Settled) -> bool:
     stored of a conversation would have the prompt twice after that."""
     if isinstance(error, (Canceled, TimedOut)):
         return False
-    return not backend.heeds or (isinstance(error, BackendAuth) and not request.keeps)
+    return not backend.accepted or (isinstance(error, BackendAuth) and not request.keeps)
 
 
-def told_by(backend: Backend, child: Child, stop: Stop, *, heeds_by: float) -> Iterator[Event]:
-    """The events of one turn, the last of them a Done, whatever happens. A CLI that has not answered us by `heeds_by`,
-    of `time.monotonic()`, hangs, and fails."""
-    for event in until_done(backend, child, stop, heeds_by):
+def told_by(backend: Backend, child: Child, stop: Stop, *, accepts_by: float) -> Iterator[Event]:
+    """The events of one turn, the last of them a Done, whatever happens. A CLI that has not accepted the turn by
+    `accepts_by`, of `time.monotonic()`, hangs, and fails."""
+    for event in until_done(backend, child, stop, accepts_by):
         if isinstance(event, Failure):
             event.error.prompted = True  # SDKs must not repeat it
             if not isinstance(event.error, Canceled):
@@ -4460,7 +4494,7 @@ def told_by(backend: Backend, child: Child, stop: Stop, *, heeds_by: float) -> I
         yield event
 
 
-def until_done(backend: Backend, child: Child, stop: Stop, heeds_by: float) -> Iterator[Event]:
+def until_done(backend: Backend, child: Child, stop: Stop, accepts_by: float) -> Iterator[Event]:
     heard = time.monotonic()
     try:
         for data in child.output(stop):
@@ -4469,7 +4503,7 @@ def until_done(backend: Backend, child: Child, stop: Stop, heeds_by: float) -> I
                 if isinstance(event, Done):
                     return
             heard = time.monotonic() if data else heard
-            if not backend.heeds and time.monotonic() > heeds_by:
+            if not backend.accepted and time.monotonic() > accepts_by:
                 for rest in child.kill():  # it must not wake up now, and ask its provider, while another does
                     collections.deque(backend.read(rest, child), maxlen=0)
                 raise BackendFailed(f"{backend.name} does not answer")
@@ -4854,7 +4888,7 @@ class Store:
         if held:
             LOG.warning("session %s: another server does not let go of the conversation", session.id)
 
-    def let_go(self, session_id: str) -> None:
+    def free(self, session_id: str) -> None:
         """No process of this server waits for its next turn any more."""
         try:
             with self.write() as db:
@@ -6554,8 +6588,8 @@ class Server:
               admitted: bool = False) -> Started:
         """Check what only the server can check, and hand back the run; nothing runs before its first event is asked
         for. Raises Invalid, UnknownModel, Forbidden and BackendUnavailable. `at` and `prompt_at` are the places of the
-        fields, and of the prompt, in the body; `ran` gets what is to be told of the run; `admitted` is
-        for a run of a request that is past the line."""
+        fields, and of the prompt, in the body; `ran` gets what is to be told of the run; `admitted` is for a run of a
+        request that is past the line."""
         self.known_backend(asked.backend, f"{at}.backend")
         found = self.store.find(asked.session_id) if asked.session_id is not None else None
         own_system_prompt = asked.system_prompt is not None
@@ -6591,7 +6625,7 @@ class Server:
         return self.in_session(request, found, run_of, ignored)
 
     def in_session(self, request: Settled, found: Optional[Session], run_of: Callable[[Settled], Events],
-             ignored: List[str]) -> Started:
+                   ignored: List[str]) -> Started:
         """A run that is the next turn of a session, or the first one of a new session."""
         settings = self.config.session
         session = dataclasses.replace(found, metadata=request.metadata) if found else \
@@ -6655,13 +6689,20 @@ class Server:
 
     def want_spares(self) -> None:
         """Have a CLI ready for the first request of each backend that can wait, the default one's first of all."""
-        names = sorted(self.runnable(), key=lambda name: name != self.config.default_backend)
-        for name in reversed(names[:self.config.server.spares]):
+        names = [name for name in self.runnable() if kind_of(name).can_wait]
+        names.sort(key=lambda name: name != self.config.default_backend)
+        for name in reversed(names[:self.config.server.spares]):  # what is wanted last is started first
             asked = PromptRequest(backend=name, prompt="", isolated=True)
             try:
                 self.spares.want(settled(asked, self.config, self.empty_directory()))
             except ClinvkError as error:
-                LOG.warning("no %s is started for the first request: %s", name, error)
+                LOG.warning("no %s is started ahead: %s", name, error)
+
+    def want_again(self, ran: Iterable[Ran]) -> None:
+        """Have a CLI ready for a request like the one whose answer, by these runs, has ended."""
+        for one in ran:
+            if one.status == "success" and one.request:
+                self.spares.want(one.request)
 
     def renew_keys(self) -> None:
         """Read the keys of gopass again, every KEYS_SECS; a thread of its own calls this."""
@@ -7526,7 +7567,11 @@ def make_app(server: Server) -> Callable[[Json, Callable[..., Any]], Iterable[by
         start_response(f"{answer.status} {http.HTTPStatus(answer.status).phrase}", list(answer.headers.items()))
         if head.method == "HEAD":
             answer.body = []
-        return Sent(answer, lambda: request_ended(server, head, answer.status, request_id, began, ran))
+
+        def ended() -> None:
+            request_ended(server, head, answer.status, request_id, began, ran)
+            server.want_again(ran)
+        return Sent(answer, ended)
     return app
 
 
@@ -7548,8 +7593,8 @@ RAN = "clinvk.ran"  # its runs
 class Sent:
     """The body as waitress takes it: when it has been sent, or the client has gone, the answer is closed and logged."""
 
-    def __init__(self, answer: Answer, log: Callable[[], None]) -> None:
-        self.answer, self.log = answer, log
+    def __init__(self, answer: Answer, ended: Callable[[], None]) -> None:
+        self.answer, self.ended = answer, ended
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self.answer.body)
@@ -7558,7 +7603,7 @@ class Sent:
         try:
             self.answer.close()
         finally:
-            self.log()
+            self.ended()
 
 
 def request_id_of(sent: str) -> str:
@@ -7663,16 +7708,13 @@ METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH")
 
 def request_ended(server: Server, head: Head, status: int, request_id: str, began: float,
                   ran: Sequence[Ran] = ()) -> None:
-    """Count it, and write its one log line; never a prompt, an answer or a key. What it needed may be needed again."""
+    """Count it, and write its one log line; never a prompt, an answer or a key."""
     seconds = time.monotonic() - began
     ran = [one for one in ran if one.began]
     method = head.method if head.method in METHODS else "other"
     server.metrics.request_ended(method, pattern_of(routed_path(head)), status, seconds)
     shown = [loggable(text, server.config.keys) for text in (head.method, head.path, request_id)]
     runs = [[one for one in ran if one.backend == name] for name in dict.fromkeys(one.backend for one in ran)]
-    for one in ran:
-        if one.status == "success" and one.request:
-            server.spares.want(one.request)
     LOG.info("%s %s %s %d %.0f ms %s%s", client_address(server.config, head) or "-", *shown[:2], status,
              1000 * seconds, shown[2], "".join(map(told_of, runs)))
 
