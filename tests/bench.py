@@ -403,12 +403,19 @@ def overhead(bench: Bench) -> Rows:
                 wait_until_quiet(servers)
                 return one_process(cli, "hello")
             cases: Dict[str, Callable[[], Timed]] = {"by hand": hand}
+            cases["no CLI (echo)"] = functools.partial(echo_times, servers)
             for talk in talks:
                 cases[talk.server.start] = functools.partial(talk.times, "hello", stream=False)
             found = taken_in_turn(4 * bench.rounds, cases)
-        for start in STARTS:
+        for start in (*STARTS, "no CLI (echo)"):
             yield Row("overhead", f"{name}, {start}: whole answer", ms(found[start].end), "by hand",
                       ms(found["by hand"].end), goal=goal if start == "spare" else None)
+
+
+def echo_times(servers: List[Clinvk]) -> Timed:
+    """The part that is HTTP's and clinvk's own."""
+    wait_until_quiet(servers)
+    return servers[0].ask("echo", user("hello"), stream=False).times
 
 
 def streamed_late(server: Clinvk, prompt: str) -> List[float]:
