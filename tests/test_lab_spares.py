@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
 from conftest import Reply, eventually
@@ -465,8 +465,7 @@ def test_each_turn_of_a_session_tells_its_own_usage_and_cost(everybody: Everybod
     assert costs == pytest.approx([costs[0]] * len(costs)) if costs[0] else not any(costs)
 
 
-BY_HAND = {"claude": ["claude", "-p", "--resume"], "codex": ["codex", "exec", "--skip-git-repo-check", "resume"],
-           "gemini": ["gemini", "--skip-trust", "-p", "by hand", "--resume"]}
+BY_HAND = {"claude": ["claude", "-p", "--resume"], "gemini": ["gemini", "--skip-trust", "-p", "by hand", "--resume"]}  # codex lets nobody else write it meanwhile
 
 
 def by_hand(cli: Waiting) -> Tuple[str, List[Tuple[str, str]], Talk, List[Path], int]:
@@ -474,12 +473,14 @@ def by_hand(cli: Waiting) -> Tuple[str, List[Tuple[str, str]], Talk, List[Path],
     talk = Talk(cli)
     talk.say("the word is 4711")
     talk.say("!history")
-    programs = labkit.installed(**({cli.name: cli.version} if cli.version else {}))
-    around = {**labkit.environment(cli.home, cli.lab.url, str(programs))}
-    around = {name: value for name, value in around.items() if name not in labkit.KEYS.values()}
-    argv = [*BY_HAND[cli.name], talk.own, *(["by hand"] if cli.name != "gemini" else [])]
-    done = subprocess.run(argv, cwd=cli.workdir, env=around, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert "STUB[by hand]" in done.stdout, done
+    if cli.name in BY_HAND:
+        programs = labkit.installed(**({cli.name: cli.version} if cli.version else {}))
+        around = labkit.environment(cli.home, cli.lab.url, str(programs))
+        around = {name: value for name, value in around.items() if name not in labkit.KEYS.values()}
+        argv = [*BY_HAND[cli.name], talk.own, *(["by hand"] if cli.name == "claude" else [])]
+        done = subprocess.run(argv, cwd=cli.workdir, env=around, stdin=subprocess.DEVNULL, capture_output=True,
+                              text=True)
+        assert "STUB[by hand]" in done.stdout, done
     start, _ = talk.say("and now?")
     said = history(asked(cli))
     own = talk.own
@@ -495,9 +496,9 @@ def files_of(cli: Cli, own: str) -> List[Path]:
     return [path for place in places for path in place.rglob(f"*{name}*")]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name.split()[0] in BY_HAND])
 def test_what_was_said_by_hand_between_two_turns_is_known(everybody: Everybody, name: str) -> None:
-    start, said, talk, _, _ = everybody.tell(by_hand, name)
+    start, said, *_ = everybody.tell(by_hand, name)
     assert start == "cold"
     assert [text for who, text in said if who == "user"] == ["the word is 4711", "!history", "by hand", "and now?"]
 
