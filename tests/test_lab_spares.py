@@ -465,7 +465,9 @@ def test_each_turn_of_a_session_tells_its_own_usage_and_cost(everybody: Everybod
     assert costs == pytest.approx([costs[0]] * len(costs)) if costs[0] else not any(costs)
 
 
-BY_HAND = {"claude": ["claude", "-p", "--resume"], "gemini": ["gemini", "--skip-trust", "-p", "by hand", "--resume"]}  # codex lets nobody else write it meanwhile
+# codex lets nobody else write a conversation meanwhile
+BY_HAND = {"claude": ["claude", "-p", "--resume"],
+           "gemini": ["gemini", "--skip-trust", "-p", "by hand", "--resume"]}
 
 
 def by_hand(cli: Waiting) -> Tuple[str, List[Tuple[str, str]], Talk, List[Path], int]:
