@@ -351,12 +351,13 @@ LEFT = (".claude/projects", ".claude/sessions", ".claude/todos", ".codex/session
         ".gemini/tmp/*/chats", ".clinvk/codex/sessions", ".clinvk/runs", ".clinvk/empty")
 
 
-def test_runs_leave_no_session_and_no_scratch_file(cli: Cli) -> None:
-    """Nor have those of the tests before."""
+def test_runs_leave_no_session_and_no_scratch_file(cli: Cli, another: Callable[..., Cli]) -> None:
+    quiet = another(config={"server": {"spares": 0, "live_conversations": 0}})
+
     def left() -> List[Path]:
-        return [path for place in LEFT for path in cli.home.glob(f"{place}/**/*") if path.is_file()]
-    at_once([lambda: cli.ask("openai", "hello"), lambda: cli.ask("native", "hello"),
-             lambda: cli.ask("native", "!tool echo hi", approval_mode="auto")])
+        return [path for place in LEFT for path in quiet.home.glob(f"{place}/**/*") if path.is_file()]
+    at_once([lambda: quiet.ask("openai", "hello"), lambda: quiet.ask("native", "hello"),
+             lambda: quiet.ask("native", "!tool echo hi", approval_mode="auto")])
     eventually(lambda: left() == [])
 
 
