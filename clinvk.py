@@ -4199,8 +4199,8 @@ class Spares:
         self.close()
 
     def tend_once(self, looked_at: float) -> float:
-        """Wait until something is to be done, and do it: end what waits in vain, or, if no run is going on, start what is
-        wanted. When those that wait were last looked at."""
+        """Wait until something is to be done, and do it: end what waits in vain, or, if no run is going on, start what
+        is wanted. When those that wait were last looked at."""
         with self.changed:
             missing = [wanted for name, wanted in self.wanted.items() if name not in self.fresh]
             holds = any(spare.session_id for spare in self.live)
