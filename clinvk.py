@@ -3757,10 +3757,12 @@ class Children:
         try:
             child.leave(patience)
         finally:
-            with self.changed:
-                self.alive.discard(child)
-                self.changed.notify_all()
-            then()
+            try:
+                then()
+            finally:
+                with self.changed:
+                    self.alive.discard(child)
+                    self.changed.notify_all()
 
     def wait_until_gone(self, seconds: float) -> bool:
         with self.changed:
