@@ -2735,7 +2735,7 @@ def codex_status(error: Json) -> Optional[int]:
 def codex_usage(before: Json, total: Json) -> Optional[Usage]:
     """A turn's counts, from those of its thread before and after it."""
     names = ("inputTokens", "outputTokens", "cachedInputTokens", "cacheWriteInputTokens", "reasoningOutputTokens")
-    return Usage(*(total.get(name, 0) - before.get(name, 0) for name in names)) if total else None
+    return Usage(*(total.get(name, 0) - before.get(name, 0) for name in names)) if total != before else None
 
 
 def native_codex(wrapper: str) -> str:
@@ -4092,10 +4092,13 @@ class Spares:
         return None
 
     def fresh_one_locked(self, request: Settled) -> Optional[Spare]:
-        spare = self.fresh.get(request.backend)
-        if spare and request.isolated and not request.extra and spare.is_current():
-            return self.fresh.pop(request.backend)
-        return None
+        if not request.isolated or request.extra:
+            return None
+        spare = self.fresh.pop(request.backend, None)
+        if spare and not spare.is_current():
+            self.retire([spare])
+            return None
+        return spare
 
     def in_the_way_locked(self, request: Settled) -> List[Spare]:
         """What must go before a CLI is started: one that has the conversation, and does not fit; and what is only just
