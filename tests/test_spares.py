@@ -95,10 +95,17 @@ for line in sys.stdin:
             sys.exit(1)
         while fault == "says nothing":
             time.sleep(600)
+        if fault == "wakes up late":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(4)  # it is given up after three seconds; SIGKILL would come one and a half after a SIGTERM
     turn += 1
     note("asked", prompt=prompt, turn=turn, **told)
     answer(turn, prompt.splitlines()[-1].split())
+if noted("slow"):
+    time.sleep(0.5)  # it stores the conversation
 note("end")
+while noted("stubborn"):
+    time.sleep(600)
 """
 CODEX = NOTING + """
 def asked(method, params):
@@ -393,10 +400,12 @@ def test_no_conversation_goes_on_in_a_process_started_before_such_a_change(stage
 FAULTS: Dict[str, Callable[[Stage, int], Any]] = {
     "died": lambda stage, pid: os.kill(pid, signal.SIGKILL), "hangs": lambda stage, pid: os.kill(pid, signal.SIGSTOP),
     "dies": lambda stage, pid: stage.fault(pid, "dies"),
-    "says nothing": lambda stage, pid: stage.fault(pid, "says nothing")}
+    "says nothing": lambda stage, pid: stage.fault(pid, "says nothing"),
+    "wakes up late": lambda stage, pid: stage.fault(pid, "wakes up late")}
 
 
-@pytest.mark.parametrize("fault, stream", [("died", False), ("dies", True), ("hangs", True), ("says nothing", False)])
+@pytest.mark.parametrize("fault, stream", [("died", False), ("dies", True), ("hangs", True), ("says nothing", False),
+                                           ("wakes up late", True)])
 def test_a_spare_that_fails_before_its_provider_is_asked_is_not_seen(stage: Stage, fault: str, stream: bool) -> None:
     spare = stage.with_a_spare()
     FAULTS[fault](stage, spare)
@@ -570,6 +579,7 @@ def test_a_session_goes_on_in_the_process_of_its_last_turn(stage: Stage) -> None
 @pytest.mark.parametrize("fields", [{"approval_mode": "auto"}, {"sandbox_mode": "read-only"}, {"max_turns": 3},
                                     {"system_prompt": "Be brief."}])
 def test_a_turn_that_its_process_can_not_take_resumes_in_another_once_that_has_gone(stage: Stage, fields: Json) -> None:
+    (stage.folder / "slow").touch()
     stage.start(live_conversations=1)
     first = session(stage, "one")
     answer = session(stage, "two", session_id=first.reply.json["session_id"], **fields)
@@ -587,6 +597,7 @@ def test_a_deleted_session_has_no_process(stage: Stage) -> None:
 
 
 def test_two_servers_hand_a_session_to_each_other(stage: Stage) -> None:
+    (stage.folder / "slow").touch()
     servers = [stage.start(live_conversations=1), stage.start(live_conversations=1)]
     answer = session(stage, "one", server=servers[0])
     name = answer.reply.json["session_id"]
