@@ -411,9 +411,9 @@ def test_a_spare_that_fails_before_its_provider_is_asked_is_not_seen(stage: Stag
     FAULTS[fault](stage, spare)
     answer = stage.say("second", stream=stream)
     assert (answer.start, answer.turn) == ("cold", 1) and answer.pid != spare
+    stage.gone(spare)
     [asked] = stage.asked("second")
     assert asked["pid"] == answer.pid
-    stage.gone(spare)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -424,9 +424,9 @@ def test_a_conversation_whose_process_fails_before_its_provider_is_asked_goes_on
     FAULTS[fault](stage, first.pid)
     answer = stage.say([user("hello"), assistant(first.text), user("second")])
     assert (answer.start, answer.turn) == ("cold", 1) and answer.pid != first.pid
+    stage.gone(first.pid)
     [asked] = stage.asked("second")
     assert "hello" in asked["prompt"] and first.text in asked["prompt"]
-    stage.gone(first.pid)
 
 
 @pytest.mark.parametrize("live", [False, True])
