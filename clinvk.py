@@ -1739,14 +1739,14 @@ class Backend:
         return ""
 
     def stamps(self, request: Settled) -> Tuple[str, ...]:
-        """What changes with the files that the CLI reads at its start: program, login and settings; of an agent, also
-        its memory."""
+        """What changes with what the CLI takes in at its start: the date, its program, login and settings; of an agent,
+        also its memory."""
         home = self.user_home if self.USER_HOME[0] else Path()
         files = [Path(word) for word in self.program if os.path.isabs(word)]
         files += [home / name for name in self.LOGIN_AND_SETTINGS]
         if not request.isolated:
             files += [home / name for name in self.MEMORY] + [Path(request.workdir, name) for name in self.IN_WORKDIR]
-        return tuple(map(file_stamp, files))
+        return (str(datetime.date.today()), *map(file_stamp, files))
 
     def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
         """The events in a piece of stdout. What the CLI asks of us is answered through `mouth`."""

@@ -1796,3 +1796,15 @@ def test_scratch_directories_of_servers_that_are_gone_are_swept(config: Config) 
         (ours.parent / name).mkdir()
     clinvk.sweep(config)
     eventually(lambda: sorted(p.name for p in ours.parent.iterdir()) == sorted([ours.name, "notes-x"]))
+
+
+@pytest.mark.parametrize("name", ["claude", "codex", "gemini"])
+def test_what_a_cli_has_taken_in_is_of_its_day(name: str, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    stamps = []
+    for zone in ("UTC-14", "UTC-14", "UTC+12"):  # POSIX signs: 26 hours lie between them
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        stamps.append(backend_of(name, config).stamps(request_of(name)))
+    monkeypatch.undo()
+    time.tzset()
+    assert stamps[0] == stamps[1] != stamps[2]
