@@ -2549,6 +2549,9 @@ class Codex(JsonRpc):
         self.call(mouth, "initialize", CODEX_CLIENT, self.nothing)
         self.notify(mouth, "initialized")
 
+    def stored(self) -> str:
+        return " ".join(map(file_stamp, self.user_home.glob(f"sessions/*/*/*/rollout-*{self.thread_id}.jsonl")))
+
     def look_ahead(self, request: Settled, mouth: Mouth) -> None:
         """The thread costs as much time as all the rest; a request that has other instructions gets another one."""
         params = {"ephemeral": True, **self.thread(request)}
@@ -2951,7 +2954,7 @@ class Gemini(JsonRpc):
 
     def ask_on(self, request: Settled, mouth: Mouth) -> None:
         """A session that is open says nothing before its provider does, unless it is asked for its mode."""
-        self.request, self.prompted, self.opens, self.characters = request, False, True, 0
+        self.request, self.prompted, self.opens, self.characters, self.anew = request, False, True, 0, False
         self.logged = len(self.log())
         mode = {"sessionId": self.session, "modeId": self.mode(request)}
         self.call(mouth, "session/set_mode", mode, self.mode_kept)
@@ -3690,7 +3693,7 @@ HEIR = r"""
 read -r line
 marked() {
     if [ -d /proc/self ]; then
-        for p in /proc/[0-9]*; do tr "\\0" "\\n" < $p/environ | grep -q "^$1" && echo ${p#/proc/}; done
+        for p in $(grep -ls "$1" /proc/[0-9]*/environ); do p=${p%/environ}; echo ${p#/proc/}; done
     else
         ps -axEww -o pid=,command= | grep " $1" | grep -v clinvk-heir | awk '{print $1}'
     fi

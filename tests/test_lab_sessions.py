@@ -5,6 +5,7 @@ import collections
 import functools
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -157,6 +158,7 @@ def test_what_the_cli_has_lost_is_a_clear_error_and_the_session_stays(cli: Cli) 
     talk = Talk(cli)
     talk.say("hello")
     before = talk.session
+    time.sleep(1)  # the process that waits has been looked at by then
     for file in talk.files():
         file.unlink()
     cli.lab.forget()

@@ -508,7 +508,7 @@ def test_a_compat_run_whose_time_is_up_is_a_504_and_must_not_be_repeated(
 
 def test_a_cli_that_talks_without_end_is_ended_when_its_time_is_up(stage: Stage) -> None:
     server = stage.start("note('pid')\nwhile True:\n    say('more ')\n    time.sleep(0.01)")
-    *_, error, done = Asking(server, stream=True, timeout_secs=0.5).reply().lines
+    *_, error, done = Asking(server, stream=True, timeout_secs=2).reply().lines
     assert (error["type"], done["type"], done["content"]["exit_code"]) == ("error", "done", -1)
     eventually(lambda: not alive([stage.await_note("pid")]), GONE)
 
