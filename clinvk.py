@@ -4727,6 +4727,9 @@ def make_database(file: Path) -> None:
     newer one, or is none of clinvk's."""
     try:
         version, is_ours = version_of(file)
+        if not is_ours:
+            time.sleep(0.5)  # another server may be making it just now
+            version, is_ours = version_of(file)
         if version > len(MIGRATIONS):
             raise ConfigError(f"{file}: was written by a newer clinvk (version {version} of the database; this one "
                               f"knows {len(MIGRATIONS)}). Use that clinvk, or set CLINVK_HOME to another directory")
@@ -4751,6 +4754,7 @@ def version_of(file: Path) -> Tuple[int, bool]:
     log = Path(f"{file}-wal")
     untouched = "" if log.exists() and log.stat().st_size else "&immutable=1"
     with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro{untouched}", uri=True)) as connection:
+        connection.execute("BEGIN")  # all three as of one time
         version, owner, tables = (connection.execute(query).fetchone()[0] for query in (
             "PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master"))
     return int(version), owner == OURS or (version, owner, tables) == (0, 0, 0)
