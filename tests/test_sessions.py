@@ -1212,7 +1212,7 @@ def test_no_answered_turn_is_lost_however_often_the_server_is_killed(
             server = serve(config=config)
             loads = [pool.submit(ledger.load, server, random.Random(8 * round_ + i))
                      for i, ledger in enumerate(ledgers)]
-            time.sleep(chance.uniform(0.05, 0.4))
+            time.sleep(chance.uniform(0.05, 0.7))
             server.process.kill()
             server.process.wait()
             for load in loads:
@@ -1224,5 +1224,5 @@ def test_no_answered_turn_is_lost_however_often_the_server_is_killed(
         found.update({session["id"]: session for session in listed(server, f"?limit=1000&offset={len(found)}")})
     assert not [session for session in found.values() if session["status"] == "active"]
     for ledger in ledgers:
-        assert len(ledger.turns) > ROUNDS // 4 and len(ledger.echoes) > 5  # the load was one, on a busy machine too
+        assert len(ledger.turns) > ROUNDS // 2 and len(ledger.echoes) > 5  # the load was one, on a busy machine too
         assert not [name for name in ledger.turns if name not in found or not ledger.keeps(found[name])]
