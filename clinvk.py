@@ -14,7 +14,9 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import fractions
 import functools
+import graphlib
 import hashlib
 import hmac
 import http
@@ -25,6 +27,7 @@ import json
 import logging
 import math
 import mmap
+import operator
 import os
 import pkgutil
 import platform
@@ -262,6 +265,15 @@ def internal(default: Any) -> Any:
 class Open:
     """A model of somebody else's API: fields we do not know are no fault; their names are kept in `unknown`."""
 
+    def faults(self) -> Iterable[Tuple[str, str]]:
+        """What is wrong with it besides the types of its fields: in which field, and what."""
+        return ()
+
+
+class Kept(Open):
+    """One whose `whole` is all that has come, the fields we do not know included."""
+    whole: Json
+
 
 def check(model: Type[Model], value: Any, where: str = "") -> Model:
     """`value` as an instance of `model`. Raises Invalid with every problem; null means absent."""
@@ -321,7 +333,14 @@ class Checker:
                 built[name] = self.value(field.kind, value[name], place, field.rules)
             elif field.required:
                 self.wrong(place, "is required")
-        return model(**built) if len(self.problems) == before else None
+        if issubclass(model, Kept):
+            built["whole"] = value
+        return self.checked(model(**built), at) if len(self.problems) == before else None
+
+    def checked(self, built: Any, at: str) -> Any:
+        for name, message in built.faults() if isinstance(built, Open) else ():
+            self.wrong(f"{at}.{name}" if at else name, message)
+        return built
 
     def stranger(self, model: Any, name: str, at: str, known: Iterable[str], value: Any) -> None:
         """A field that `model` does not have, or not over the wire though its base has."""
@@ -354,7 +373,9 @@ class Checker:
             return self.wrong(at, "must be " + " or ".join(names), value)
         if len(fitting) > 1:
             by_type = {name: kind for kind in fitting for name in wire_fields(kind)["type"].rules["choices"]}
-            name = value.get("type")
+            default = next((fields["type"].default for fields in map(wire_fields, fitting)
+                            if not fields["type"].required), None)
+            name = value.get("type") or default
             if name not in [*by_type]:
                 fault = "is required" if name is None else f"{json.dumps(name)} is not supported"
                 return self.wrong(f"{at}.type", f"{fault}; send one of {', '.join(by_type)}", name)
@@ -720,6 +741,468 @@ def value_at(config: Any, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
 
+# ==== Structured output ===========================================================================
+# In: a JSON Schema, and the text of an answer. Out: the text as JSON that the schema describes, or why it is none.
+
+Place = Tuple[Union[str, int], ...]  # the keys and indexes that lead to a part of a value
+FAULTS_TOLD = 10  # of one answer: enough for a model to mend it
+
+
+class Fault(NamedTuple):
+    """What is wrong with a part of a value."""
+    at: Place
+    message: str
+
+    def __str__(self) -> str:
+        steps = [f".{key}" if re.fullmatch(r"[A-Za-z_$][\w$-]*", str(key)) else f"[{json.dumps(key)}]"
+                 for key in self.at]
+        return f"${''.join(steps)}: {self.message}"
+
+
+def schema_faults(schema: Any) -> List[str]:
+    """Why no value can be checked against this schema; nothing, if one can."""
+    return [str(fault) for fault in JsonSchema(schema).faults()][:FAULTS_TOLD]
+
+
+def faults(value: Any, schema: Any) -> List[str]:
+    """What is wrong with a value of `json_in`. The schema must be one without faults."""
+    try:
+        found = JsonSchema(schema).judge(schema, value, ()).faults
+    except RecursionError:
+        return ["$: is nested too deep to be checked"]
+    return [*dict.fromkeys(map(str, found))][:FAULTS_TOLD]
+
+
+FENCED = re.compile(r"^[ \t]*```[^`\n]*\n(.*?)```[ \t\r]*$", re.DOTALL | re.MULTILINE)
+
+
+def json_in(text: str) -> Tuple[Any, str]:
+    """The one JSON value that an answer is, or that stands in its one code fence; and its text, as it was written.
+    Raises ValueError: why there is none."""
+    blocks = FENCED.findall(text)
+    inner = (blocks[0] if len(blocks) == 1 else text).strip()  # no line of JSON begins with a fence
+    try:
+        return json.loads(inner, parse_float=finite, parse_constant=finite), inner
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"is not one JSON value and nothing else: {error}" if inner else "is empty") from error
+
+
+def finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is no number of JSON's, or too large")
+    return float(number)
+
+
+def kinds_of(value: Any) -> Tuple[str, ...]:
+    """The JSON types of a value, the narrowest first: 1.0 is an integer, too."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return ("integer", "number") if isinstance(value, int) or value.is_integer() else ("number",)
+    return ({bool: "boolean", str: "string", list: "array", dict: "object"}.get(type(value), "null"),)
+
+
+def comparable(value: Any) -> Any:
+    """Equal, and hashed alike, for what is equal in JSON: 1 and 1.0, not 1 and true."""
+    if isinstance(value, dict):
+        return "object", frozenset((name, comparable(item)) for name, item in value.items())
+    if isinstance(value, list):
+        return "array", tuple(map(comparable, value))
+    return ("boolean", value) if isinstance(value, bool) else value
+
+
+def is_multiple(value: float, factor: float) -> bool:
+    """In the decimals as they are written: 0.3 is a multiple of 0.1."""
+    return fractions.Fraction(repr(value)) % fractions.Fraction(repr(factor)) == 0
+
+
+@functools.lru_cache(maxsize=1000)
+def expression(text: str) -> Pattern[str]:
+    """A pattern, whose `$` is the very end as in JSON Schema: Python's own also fits before a last newline."""
+    return re.compile(re.sub(r"(\\.|\[(?:\\.|[^]\\])*\])|\$", lambda found: found[1] or r"\Z", text, flags=re.DOTALL))
+
+
+# ---- Formats: those that the strict modes of OpenAI and Anthropic know. Any other is a remark.
+
+LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+TIME = (r"(?:(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+        r"|23:59:60(?:\.[0-9]+)?(?:[Zz]|[+-]00:00))")
+EMAIL_USER = r"(?:[\w!#$%&'*+/=?^`{|}~-]+(?:\.[\w!#$%&'*+/=?^`{|}~-]+)*|\"(?:[^\"\\\n]|\\.)+\")"
+
+
+def is_date(text: str) -> bool:
+    """RFC 3339's: with year, month and day, and on the calendar."""
+    try:
+        return bool(re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text) and datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+def is_ip(kind: Callable[[str], Any], text: str) -> bool:
+    try:
+        return bool(kind(text)) and "%" not in text
+    except ValueError:
+        return False
+
+
+FORMATS: Dict[str, Callable[[str], Any]] = {
+    "date": is_date,
+    "time": re.compile(TIME).fullmatch,
+    "date-time": lambda text: is_date(text[:10]) and re.fullmatch("[Tt]" + TIME, text[10:]),
+    "duration": re.compile(r"P(?!\Z)(?:[0-9]+W|(?:[0-9]+Y)?(?:[0-9]+M)?(?:[0-9]+D)?"
+                           r"(?:T(?!\Z)(?:[0-9]+H)?(?:[0-9]+M)?(?:[0-9]+S)?)?)").fullmatch,
+    "email": re.compile(rf"{EMAIL_USER}@{LABEL}(?:\.{LABEL})*", re.ASCII).fullmatch,
+    "hostname": re.compile(rf"(?=.{{1,253}}\Z){LABEL}(?:\.{LABEL})*").fullmatch,
+    "ipv4": functools.partial(is_ip, ipaddress.IPv4Address),
+    "ipv6": functools.partial(is_ip, ipaddress.IPv6Address),
+    "uuid": re.compile("[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}").fullmatch,
+    "uri": re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?:[\w!#$&'()*+,./:;=?@\[\]~-]|%[0-9A-Fa-f]{2})*", re.ASCII).fullmatch,
+}
+
+
+# ---- Keywords. What each may say in a schema, those that look at a value as a whole, and those that hold schemas.
+
+class Rule(NamedTuple):
+    """A keyword that looks at a value as a whole."""
+    kind: str  # of the values that it speaks of; "": of all
+    holds: Callable[[Any, Any], Any]  # of the value, and what the schema says
+    message: str
+
+
+RULES = {
+    "enum": Rule("", lambda value, all_of: comparable(value) in map(comparable, all_of), "must be one of {}"),
+    "const": Rule("", lambda value, other: comparable(value) == comparable(other), "must be {}"),
+    "minLength": Rule("string", lambda value, least: len(value) >= least, "must have at least {} characters"),
+    "maxLength": Rule("string", lambda value, most: len(value) <= most, "must have at most {} characters"),
+    "pattern": Rule("string", lambda value, text: expression(text).search(value), "must match the pattern {}"),
+    "format": Rule("string", lambda text, name: name not in FORMATS or FORMATS[name](text), "must be of the format {}"),
+    "minimum": Rule("number", lambda value, least: value >= least, "must be at least {}"),
+    "maximum": Rule("number", lambda value, most: value <= most, "must be at most {}"),
+    "exclusiveMinimum": Rule("number", lambda value, below: value > below, "must be more than {}"),
+    "exclusiveMaximum": Rule("number", lambda value, above: value < above, "must be less than {}"),
+    "multipleOf": Rule("number", is_multiple, "must be a multiple of {}"),
+    "minItems": Rule("array", lambda value, least: len(value) >= least, "must have at least {} items"),
+    "maxItems": Rule("array", lambda value, most: len(value) <= most, "must have at most {} items"),
+    "uniqueItems": Rule("array", lambda value, on: not on or len(set(map(comparable, value))) == len(value),
+                        "must not have two equal items"),
+    "minProperties": Rule("object", lambda value, least: len(value) >= least, "must have at least {} properties"),
+    "maxProperties": Rule("object", lambda value, most: len(value) <= most, "must have at most {} properties"),
+}
+TYPES = frozenset("null boolean integer number string array object".split())
+REFERENCES = frozenset("$ref $dynamicRef $recursiveRef".split())  # all the same where there is but one document
+ONE_SCHEMA = ("additionalProperties unevaluatedProperties propertyNames additionalItems unevaluatedItems contains "
+              "not if then else")
+NAMED_SCHEMAS = "properties patternProperties dependentSchemas dependencies $defs definitions"
+HOLD_SCHEMAS = frozenset(f"{ONE_SCHEMA} {NAMED_SCHEMAS} items prefixItems allOf anyOf oneOf".split())
+SAME_VALUE = REFERENCES.union("allOf anyOf oneOf not if then else dependentSchemas dependencies".split())
+
+
+def is_schema(said: Any) -> bool:
+    return isinstance(said, (dict, bool))
+
+
+def is_count(said: Any) -> bool:
+    return kinds_of(said)[0] == "integer" and said >= 0
+
+
+def is_number(said: Any) -> bool:
+    return kinds_of(said)[-1] == "number" and abs(said) < math.inf
+
+
+def is_pattern(said: Any) -> bool:
+    try:
+        return isinstance(said, str) and bool(expression(said))
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+def is_text(said: Any) -> bool:
+    return isinstance(said, str)
+
+
+def are_texts(said: Any) -> bool:
+    return isinstance(said, list) and all(isinstance(item, str) for item in said)
+
+
+def listed(said: Any) -> Any:
+    """`type` may be a name or a list of names."""
+    return [said] if isinstance(said, str) else said
+
+
+# What a keyword may say, but for the schemas in it.
+SHAPES: Dict[str, Tuple[Callable[[Any], Any], str]] = {keyword: (fits, message) for keywords, fits, message in (
+    ("minLength maxLength minItems maxItems minProperties maxProperties minContains maxContains", is_count,
+     "a whole number, 0 or more"),
+    ("minimum maximum exclusiveMinimum exclusiveMaximum", is_number, "a number"),
+    ("multipleOf", lambda said: is_number(said) and said > 0, "a number above 0"),
+    ("uniqueItems", lambda said: isinstance(said, bool), "true or false"),
+    ("$ref $dynamicRef $recursiveRef $anchor $dynamicAnchor $id format", is_text, "a string"),
+    ("pattern", is_pattern, "a regular expression that Python knows"),
+    ("type", lambda said: are_texts(listed(said)) and said and TYPES.issuperset(listed(said)),
+     f"one of {', '.join(sorted(TYPES))}, or a list of these"),
+    ("enum", lambda said: isinstance(said, list), "a list"),
+    ("required", are_texts, "a list of strings"),
+    ("dependentRequired", lambda said: isinstance(said, dict) and all(map(are_texts, said.values())),
+     "an object of lists of strings"),
+    (ONE_SCHEMA, is_schema, "a schema: an object, or true or false"),
+    ("items", lambda said: is_schema(said) or isinstance(said, list), "a schema: an object, or true or false"),
+    ("properties dependentSchemas $defs definitions", lambda said: isinstance(said, dict), "an object of schemas"),
+    ("dependencies", lambda said: isinstance(said, dict) and all(
+        are_texts(item) for item in said.values() if isinstance(item, list)), "an object of schemas or string lists"),
+    ("patternProperties", lambda said: isinstance(said, dict) and all(map(is_pattern, said)),
+     "an object of schemas, named by regular expressions that Python knows"),
+    ("allOf anyOf oneOf", lambda said: isinstance(said, list) and said, "a list of schemas, not empty"),
+    ("prefixItems", lambda said: isinstance(said, list), "a list of schemas"),
+) for keyword in keywords.split()}
+
+
+def schemas_in(schema: Json) -> Iterator[Tuple[str, Place, Any]]:
+    """The schemas that stand in one: keyword, place, schema."""
+    for keyword in filter(HOLD_SCHEMAS.__contains__, schema):
+        said = schema[keyword]
+        if keyword in NAMED_SCHEMAS.split() and isinstance(said, dict):
+            yield from ((keyword, (keyword, name), item) for name, item in said.items()
+                        if keyword != "dependencies" or not isinstance(item, list))
+        elif isinstance(said, list):
+            yield from ((keyword, (keyword, index), item) for index, item in enumerate(said))
+        elif is_schema(said):
+            yield keyword, (keyword,), said
+
+
+def members(value: Any) -> Iterable[Tuple[Union[str, int], Any]]:
+    """The properties or the items of a value, by name or index."""
+    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+
+
+def schemas_for(schema: Json, value: Any, place: Any) -> List[Any]:
+    """What a schema says of one member of the value, but for `unevaluated...`."""
+    if isinstance(value, list):
+        first, rest = schema.get("prefixItems", ()), schema.get("items")
+        if isinstance(rest, list):  # draft-07
+            first, rest = rest, schema.get("additionalItems")
+        return [first[place]] if place < len(first) else [] if rest is None else [rest]
+    named = [schema["properties"][place]] if place in schema.get("properties", ()) else []
+    named += [item for text, item in schema.get("patternProperties", {}).items() if expression(text).search(place)]
+    return named or ([schema["additionalProperties"]] if "additionalProperties" in schema else [])
+
+
+class Verdict(NamedTuple):
+    """What a schema finds wrong with a value, and the members of the value that it spoke of."""
+    faults: List[Fault]
+    known: FrozenSet[Union[str, int]] = frozenset()
+
+
+class JsonSchema:
+    """A JSON Schema, draft 2020-12, or draft-07 where that has other words: what it says of values.
+
+    `format` counts for those of FORMATS, and what stands beside a `$ref` counts in draft-07, too."""
+
+    def __init__(self, document: Any) -> None:
+        self.document = document
+        self.url = str(document.get("$id", "")).partition("#")[0] if isinstance(document, dict) else ""
+        self.anchors: Dict[str, Any] = {}
+        self.anchors = {str(schema[word]).lstrip("#"): schema for _, schema in self.reached()
+                        if isinstance(schema, dict) for word in ("$anchor", "$dynamicAnchor", "$id") if word in schema}
+
+    def named(self, reference: Any) -> Any:
+        """The schema that a `$ref` leads to; None: there is none in this document."""
+        url, _, fragment = str(reference).partition("#")
+        if url not in ("", self.url):
+            return None
+        found, fragment = self.document, urllib.parse.unquote(fragment)
+        if not fragment.startswith("/"):
+            return self.anchors.get(fragment) if fragment else found
+        for part in fragment[1:].split("/"):
+            inner = {str(place): item for place, item in members(found)}
+            found = inner.get(part.replace("~1", "/").replace("~0", "~"))
+        return found if is_schema(found) else None
+
+    def next_of(self, schema: Json) -> Iterator[Tuple[str, Place, Any]]:
+        """The schemas that stand in one, or that it refers to: keyword, place, schema."""
+        yield from schemas_in(schema)
+        for keyword in REFERENCES.intersection(schema):
+            found = self.named(schema[keyword])
+            if found is not None:
+                yield keyword, (keyword,), found
+
+    def reached(self) -> Iterator[Tuple[Place, Any]]:
+        """Every schema that stands in the document, or that a reference leads to, and where."""
+        seen: Set[int] = set()
+        waiting: Deque[Tuple[Place, Any]] = collections.deque([((), self.document)])
+        while waiting:
+            at, schema = waiting.popleft()
+            if id(schema) in seen:
+                continue
+            yield at, schema
+            if isinstance(schema, dict):
+                seen.add(id(schema))
+                waiting.extend(((*at, *inner), item) for _, inner, item in self.next_of(schema))
+
+    def faults(self) -> Iterator[Fault]:
+        """Why no value can be checked against it."""
+        same_value: Dict[int, List[int]] = {}  # the schemas that look at the same value next
+        places: Dict[int, Place] = {}
+        for at, schema in self.reached():
+            if isinstance(schema, dict):
+                wrong = {keyword: self.fault_of(schema, keyword) for keyword in schema}
+                yield from (Fault((*at, keyword), message) for keyword, message in wrong.items() if message)
+                places[id(schema)] = at
+                same_value[id(schema)] = [id(item) for keyword, _, item in self.next_of(schema)
+                                          if keyword in SAME_VALUE]
+            elif not is_schema(schema):
+                yield Fault(at, "must be a schema: an object, or true or false")
+        try:
+            graphlib.TopologicalSorter(same_value).prepare()
+        except graphlib.CycleError as error:
+            yield Fault(places[error.args[1][0]], "leads back to itself without a step into the value")
+
+    def fault_of(self, schema: Json, keyword: str) -> str:
+        said = schema[keyword]
+        fits, wanted = SHAPES.get(keyword, (None, ""))
+        if fits and not fits(said):
+            return f"must be {wanted}"
+        if keyword in REFERENCES and self.named(said) is None:
+            return f"{json.dumps(said)} leads to no schema of this document"
+        if keyword == "$id" and schema is not self.document and not said.startswith("#"):
+            return "is supported at the top only"
+        return ""
+
+    def judge(self, schema: Any, value: Any, at: Place) -> Verdict:
+        """One schema of this document, and one value, which stands at that place."""
+        if isinstance(schema, bool):
+            return Verdict([] if schema else [Fault(at, "must not be there")])
+        wrong = [Fault(at, message) for message in faults_by_rule(schema, value)]
+        known: Set[Union[str, int]] = set()
+        for verdict in self.verdicts(schema, value, at):
+            wrong += verdict.faults
+            known |= verdict.known
+        for place, item in members(value):
+            for inner in schemas_for(schema, value, place):
+                wrong += self.judge(inner, item, (*at, place)).faults
+                known.add(place)
+        rest = schema.get("unevaluatedItems" if isinstance(value, list) else "unevaluatedProperties")
+        if rest is not None:
+            for place, item in members(value):
+                wrong += [] if place in known else self.judge(rest, item, (*at, place)).faults
+                known.add(place)
+        return Verdict(wrong, frozenset(known))
+
+    def verdicts(self, schema: Json, value: Any, at: Place) -> Iterator[Verdict]:
+        """Of the keywords that hand the whole value on to other schemas."""
+        for inner in [self.named(schema[word]) for word in REFERENCES if word in schema] + schema.get("allOf", []):
+            yield self.judge(inner, value, at)
+        for word in ("anyOf", "oneOf"):
+            if word in schema:
+                yield choice(word, [self.judge(inner, value, at) for inner in schema[word]], at)
+        if "not" in schema and not self.judge(schema["not"], value, at).faults:
+            yield Verdict([Fault(at, "must not fit the schema of `not`")])
+        if "if" in schema:
+            tried = self.judge(schema["if"], value, at)
+            yield from [] if tried.faults else [tried]
+            yield self.judge(schema.get("else" if tried.faults else "then", True), value, at)
+        if isinstance(value, dict):
+            yield from self.verdicts_on_names(schema, value, at)
+        if isinstance(value, list) and "contains" in schema:
+            yield self.verdict_on_contents(schema, value, at)
+
+    def verdicts_on_names(self, schema: Json, value: Json, at: Place) -> Iterator[Verdict]:
+        required = [*schema.get("required", ())]
+        for word in ("dependencies", "dependentRequired", "dependentSchemas"):
+            for name, needed in schema.get(word, {}).items():
+                if name in value and isinstance(needed, list):
+                    required += needed
+                elif name in value:
+                    yield self.judge(needed, value, at)
+        yield Verdict([Fault((*at, name), "is required") for name in required if name not in value])
+        for name in value if "propertyNames" in schema else ():
+            yield Verdict([Fault((*at, name), f"its name {fault.message}")
+                           for fault in self.judge(schema["propertyNames"], name, at).faults])
+
+    def verdict_on_contents(self, schema: Json, value: List[Any], at: Place) -> Verdict:
+        fitting = frozenset(index for index, item in enumerate(value)
+                            if not self.judge(schema["contains"], item, (*at, index)).faults)
+        least, most = schema.get("minContains", 1), schema.get("maxContains", math.inf)
+        if least <= len(fitting) <= most:
+            return Verdict([], fitting)
+        wanted = f"at least {least}" if len(fitting) < least else f"at most {most}"
+        return Verdict([Fault(at, f"must have {wanted} items that fit `contains`, has {len(fitting)}")], fitting)
+
+
+def faults_by_rule(schema: Json, value: Any) -> Iterator[str]:
+    """What the keywords say that look at a value as a whole."""
+    kinds = kinds_of(value)
+    types = listed(schema.get("type", kinds[0]))
+    if not set(types).intersection(kinds):
+        yield f"must be {' or '.join(types)}, not {kinds[0]}"
+    for keyword in filter(RULES.__contains__, schema):
+        rule, said = RULES[keyword], schema[keyword]
+        if rule.kind in ("", *kinds) and not rule.holds(value, said):
+            shown = json.dumps(said, ensure_ascii=False)
+            yield rule.message.format(shown if len(shown) <= 200 else shown[:200] + " ...")
+
+
+def choice(word: str, verdicts: List[Verdict], at: Place) -> Verdict:
+    """Of `anyOf` and `oneOf`. If nothing fits, the faults of the schema that comes nearest: its own type fits."""
+    fitting = [verdict for verdict in verdicts if not verdict.faults]
+    known: FrozenSet[Union[str, int]] = frozenset().union(*(verdict.known for verdict in fitting))
+    if len(fitting) > 1 and word == "oneOf":
+        return Verdict([Fault(at, f"must fit exactly one of the schemas of oneOf, fits {len(fitting)}")])
+    if fitting:
+        return Verdict([], known)
+    near = [verdict.faults for verdict in verdicts if all(fault.at != at for fault in verdict.faults)]
+    if near:
+        return Verdict(min(near, key=len))
+    messages = dict.fromkeys(fault.message for verdict in verdicts for fault in verdict.faults if fault.at == at)
+    return Verdict([Fault(at, ", or ".join([*messages][:FAULTS_TOLD]))])
+
+
+# ---- OpenAI's strict mode, as its guide to structured outputs says. What the guide leaves open counts as not taken.
+
+STRICT_KEYWORDS = frozenset("""
+    $schema $defs definitions $ref title description type enum const anyOf properties required additionalProperties
+    items pattern format minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minItems maxItems""".split())
+STRICT_FORMATS = FORMATS.keys() - {"uri"}
+
+
+def is_strict(schema: Any) -> bool:
+    """Whether OpenAI takes a schema with `strict: true`."""
+    document = JsonSchema(schema)
+    if any(document.faults()) or not isinstance(schema, dict) or schema.get("type") != "object" or "anyOf" in schema:
+        return False
+    parts = [(at, part) for at, part in document.reached() if isinstance(part, dict)]
+    return (all(is_strict_part(at, part) for at, part in parts)
+            and sum(len(part.get("properties", ())) for _, part in parts) <= 5000
+            and sum(len(part.get("enum", ())) for _, part in parts) <= 1000)
+
+
+def is_strict_part(at: Place, part: Json) -> bool:
+    """Whether this schema may stand there, whatever stands in it."""
+    types, words = listed(part.get("type", [])), part.keys()
+    properties, is_closed = {*part.get("properties", ())}, part.get("additionalProperties") is False
+    levels = sum(step in ("properties", "items") for step in at)
+    inner = [schema for keyword, _, schema in schemas_in(part) if keyword != "additionalProperties"]
+    return (STRICT_KEYWORDS.issuperset(words)
+            and (words == {"$ref"} or "$ref" not in words and not words.isdisjoint({"type", "anyOf", "enum", "const"}))
+            and all(isinstance(schema, dict) for schema in inner) and (levels < 10 or not inner)
+            and ("object" not in types and not properties or is_closed and {*part.get("required", ())} == properties)
+            and isinstance(part.get("items"), dict) == ("array" in types)
+            and part.get("format", "date") in STRICT_FORMATS)
+
+
+def with_words(schema: Any, words: Container[str]) -> Any:
+    """The schema with these keywords only, in itself and in the schemas that stand in it."""
+    if isinstance(schema, list):
+        return [with_words(item, words) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {keyword: said for keyword, said in schema.items() if keyword in words}
+    for keyword in filter(HOLD_SCHEMAS.__contains__, tuple(kept)):
+        named = keyword in NAMED_SCHEMAS.split() and isinstance(kept[keyword], dict)
+        kept[keyword] = {name: with_words(item, words) for name, item in kept[keyword].items()} if named else \
+            with_words(kept[keyword], words)
+    return kept
+
+
 # ==== Requests ====================================================================================
 # In: a client's JSON object. Out: a PromptRequest, the one thing that every backend understands.
 
@@ -728,17 +1211,55 @@ DRY = "Nothing runs; each answer is the command line that would."
 STREAM = "Answer NDJSON: every run's events as they happen, and the whole answer as the last line."
 
 
+class Image(NamedTuple):
+    """A picture in a prompt, after the first `at` characters of its text."""
+    media_type: str
+    data: str  # base64
+    at: int = 0
+
+
+Parts = List[Union[str, Image]]  # of a prompt, in order
+
+
+class Prompt(NamedTuple):
+    """What a CLI is asked."""
+    text: str
+    images: Tuple[Image, ...] = ()
+
+    @property
+    def parts(self) -> Parts:
+        """Text and images, in order; no text is empty."""
+        places = [0, *(image.at for image in self.images), len(self.text)]
+        texts = [self.text[begin:end] for begin, end in zip(places, places[1:])]
+        return [part for pair in itertools.zip_longest(texts, self.images) for part in pair if part]
+
+
+def prompt_of(parts: Iterable[Union[str, Image]]) -> Prompt:
+    texts: List[str] = []
+    images: List[Image] = []
+    for part in parts:
+        if isinstance(part, Image):
+            images.append(part._replace(at=length(texts)))
+        else:
+            texts.append(part)
+    return Prompt("".join(texts), tuple(images))
+
+
+def length(pieces: Iterable[str]) -> int:
+    return sum(map(len, pieces))
+
+
 class Conversation(NamedTuple):
     """The conversation of which a prompt is the last turn. By its key the process is found that gave its last answer: a
     digest of all that was said, or a session and the count of its turns."""
     key_before: str  # without this turn; "": no process can have heard what was said
-    turn: str  # this turn alone: the prompt for the process that has
+    turn: Prompt  # this turn alone: what the process that has is asked
     key: str  # with this turn
     session_id: str = ""  # its session, if it is one's
 
     def key_after(self, answer: str) -> str:
         """With this turn's answer, of which `answer` is the SHA-256 in hex."""
-        return self.key if self.session_id else digest(self.key, "assistant", "", [("", ())], answer)
+        return self.key if self.session_id else digest(self.key, "assistant", "", [("", (), "")], answer)
 
 
 def digest(*parts: Any) -> str:
@@ -788,10 +1309,18 @@ class PromptRequest:
     effort: str = internal("")  # how hard to think: low, medium, high ...
     thinking_tokens: Optional[int] = internal(None)
     conversation: Optional[Conversation] = internal(None)
+    turns: Tuple[Turn, ...] = internal(())  # those that the prompt is made of, if another one may follow
+    images: Tuple[Image, ...] = internal(())  # in the prompt
+    schema: Optional[Json] = internal(None)  # JSON Schema: the answer is to be JSON that it describes
 
     @property
     def streams(self) -> bool:
         return self.output_format == "stream-json"
+
+    @property
+    def parts(self) -> Parts:
+        """The prompt's text and images, in order."""
+        return Prompt(self.prompt, self.images).parts
 
 
 @dataclass(frozen=True)
@@ -871,13 +1400,16 @@ class Settled(PromptRequest):
     dry_run: bool = False
     timeout_secs: float = 0.0
 
+    def with_prompt(self, prompt: Prompt) -> Settled:
+        return dataclasses.replace(self, prompt=prompt.text, images=prompt.images)
+
     @property
     def standing(self) -> Tuple[Any, ...]:
         """All that can not change from turn to turn of a conversation in one process; but for the model of a session,
         which the first turn may leave to the CLI, and the next ones name."""
         return (self.backend, self.isolated, self.keeps, "" if self.keeps else self.model, self.workdir,
                 self.approval_mode, self.sandbox_mode, self.max_tokens, self.max_turns, self.system_prompt,
-                self.allowed_tools, self.verbose, tuple(self.extra), self.effort, self.thinking_tokens)
+                self.allowed_tools, self.verbose, tuple(self.extra), self.effort, self.thinking_tokens, self.schema)
 
 
 def settled(request: PromptRequest, config: Config, workdir: str) -> Settled:
@@ -939,10 +1471,11 @@ def backend_of(model: str, config: Config) -> Tuple[str, Optional[str]]:
 # ---- Conversations: many turns as one prompt
 
 class Piece(NamedTuple):
-    """A part of a turn: plain text if `tag` is empty, else an element with attributes."""
+    """A part of a turn: an image, or else plain text if `tag` is empty, or else an element with attributes."""
     text: str
     tag: str = ""
     attributes: Tuple[Tuple[str, str], ...] = ()
+    image: Optional[Image] = None
 
 
 class Turn(NamedTuple):
@@ -954,112 +1487,174 @@ class Turn(NamedTuple):
 MARKS = re.compile(r"<(/?)(\\*)(?=(?:turn|tool_call|tool_result|document)\b)")
 
 
-def as_prompt(turns: List[Turn]) -> str:
-    """One user turn of plain text stands as it is; anything else is a transcript, every turn marked by its role.
+def as_prompt(turns: List[Turn]) -> Prompt:
+    """One user turn without marks stands as it is; anything else is a transcript, every turn marked by its role.
 
     Text that looks like one of the marks gets a backslash after its `<`, so no turn can pass itself off as another."""
     if len(turns) == 1 and turns[0].role == "user" and not any(piece.tag for piece in turns[0].pieces):
-        return "\n".join(piece.text for piece in turns[0].pieces)
+        return prompt_of(lines_of(piece.image or piece.text for piece in turns[0].pieces))
     *before, last = turns
     if last.role == "assistant":
         before, closing = turns, "Go on from where the assistant's last turn ends; do not repeat it."
     elif last.role == "user":
         by = f" (by {json.dumps(escaped(last.name), ensure_ascii=False)})" if last.name else ""
-        closing = f"Now answer the user's last turn{by}, which is all that follows:\n\n" + element_text(last.pieces)
+        closing = f"Now answer the user's last turn{by}, which is all that follows:\n\n"
     else:
         before, closing = turns, "Go on with the answer to the user, now that the tool has answered."
-    told = "\n".join(element("turn", (("role", t.role), ("name", t.name)), "\n" + element_text(t.pieces) + "\n")
-                     for t in before)
-    return f"The conversation so far:\n\n{told}\n\n{closing}" if before else closing
+    told: Parts = [] if not before else ["The conversation so far:\n"]
+    for turn in before:
+        told += [f"\n<turn{attributes_text((('role', turn.role), ('name', turn.name)))}>\n", *said(turn), "\n</turn>"]
+    told += ["\n\n" if before else "", closing, *(said(last) if last.role == "user" else [])]
+    return prompt_of(told)
+
+
+def said(turn: Turn) -> Parts:
+    """What a turn of a transcript says."""
+    return lines_of(piece.image or marked(piece, escaped) for piece in turn.pieces)
+
+
+def lines_of(parts: Iterable[Union[str, Image]]) -> Parts:
+    """Texts that follow one another as one, each in a line of its own."""
+    lines: Parts = []
+    for part in parts:
+        if isinstance(part, str) and lines and isinstance(lines[-1], str):
+            lines[-1] += "\n" + part
+        else:
+            lines.append(part)
+    return lines
 
 
 def conversation_of(turns: List[Turn]) -> Conversation:
     """Only a last turn of the user's, after an answer, can be said alone to the process that gave that answer."""
     *earlier, last = turns
     goes_on = earlier and earlier[-1].role == "assistant" and last.role == "user" and not last.name
-    turn = as_prompt([last]) if goes_on else ""
+    turn = as_prompt([last]) if goes_on else Prompt("")
     before = functools.reduce(key_with, earlier, "")
-    return Conversation(before if turn.strip() else "", turn, key_with(before, last))
+    return Conversation(before if turn.text.strip() or turn.images else "", turn, key_with(before, last))
+
+
+def replied(request: Settled, answer: str, text: str) -> Settled:
+    """A request that goes on after its answer: the user says `text`."""
+    turns = [*request.turns, Turn("assistant", [Piece(answer)]), Turn("user", [Piece(text)])]
+    return dataclasses.replace(request.with_prompt(as_prompt(turns)), turns=tuple(turns),
+                               conversation=conversation_of(turns) if request.conversation else None)
 
 
 def key_with(before: str, turn: Turn) -> str:
     """The key of a conversation with one more turn."""
-    texts = [hashlib.sha256(utf8(piece.text)).hexdigest() for piece in turn.pieces]
-    return digest(before, turn.role, turn.name, [piece[1:] for piece in turn.pieces], *texts)
+    kinds = [(piece.tag, piece.attributes, piece.image.media_type if piece.image else "") for piece in turn.pieces]
+    contents = [piece.image.data if piece.image else piece.text for piece in turn.pieces]
+    return digest(before, turn.role, turn.name, kinds, *(hashlib.sha256(utf8(c)).hexdigest() for c in contents))
 
 
-def element_text(pieces: List[Piece], escape: Optional[Callable[[str], str]] = None) -> str:
-    """The pieces of a turn; `escape` is for pieces that are inside of another one, which is still to be escaped."""
-    escape = escape or escaped
-    return "\n".join(element(p.tag, p.attributes, escape(p.text)) if p.tag else escape(p.text) for p in pieces)
+def marked(piece: Piece, escape: Callable[[str], str]) -> str:
+    """A piece of text as it stands in a transcript."""
+    text = escape(piece.text)
+    return f"<{piece.tag}{attributes_text(piece.attributes)}>{text}</{piece.tag}>" if piece.tag else text
 
 
 def escaped(text: str) -> str:
     return MARKS.sub(r"<\1\\\2", text)
 
 
-def element(tag: str, attributes: Iterable[Tuple[str, str]], inner: str) -> str:
-    shown = "".join(f" {name}={json.dumps(escaped(value), ensure_ascii=False)}" for name, value in attributes if value)
-    return f"<{tag}{shown}>{inner}</{tag}>"
+def attributes_text(attributes: Iterable[Tuple[str, str]]) -> str:
+    return "".join(f" {name}={json.dumps(escaped(value), ensure_ascii=False)}" for name, value in attributes if value)
 
 
-# ---- OpenAI
+# ---- What the requests of both APIs are made of
 
-@dataclass(frozen=True)
-class TextPart(Open):
-    """A part of a message: text."""
-    type: str = param(choices=("text",))
-    text: str = param("", free_text=True)
-
-
-@dataclass(frozen=True)
-class RefusalPart(Open):
-    """A part of a message of the assistant: why it did not answer."""
-    type: str = param(choices=("refusal",))
-    refusal: str = param("", free_text=True)
+LENIENT = "Accepted and without effect."
+NOT_BLANK = r"[^\s\x1c-\x1f\x85]"  # what str.strip() leaves, also where \s is ECMAScript's
+BLANK_NOT: Json = {"type": "string", "pattern": NOT_BLANK}  # JSON Schema of what other code checks
+IMAGE_DATA = re.compile(r"(?:(iVBORw0KGgo)[A-Za-z0-9+/]|(/9j/)|(R0lGOD)[A-Za-z0-9+/]{2}|(UklGR)[A-Za-z0-9+/]{3})"
+                        r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
+IMAGE_SHAPE: Json = {"pattern": f"^{IMAGE_DATA.pattern}$"}
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # in the order of IMAGE_DATA
+IMAGE_URL = re.compile(r"data:image/[a-z.+-]+;base64,")
+DATA_URL: Json = {"pattern": f"^{IMAGE_URL.pattern}{IMAGE_DATA.pattern}$"}
+FETCHES_NOTHING = "clinvk fetches nothing: send the image itself, in base64"
 
 
-@dataclass(frozen=True)
-class CalledFunction(Open):
-    """The function that a tool call names, and its arguments as JSON text."""
-    name: str = param("")
-    arguments: str = param("", free_text=True)
+def image_of(data: str) -> Optional[Image]:
+    """An image from its base64; the type is what its first bytes say. None if it is none of IMAGE_TYPES."""
+    found = IMAGE_DATA.fullmatch(data)
+    return Image(IMAGE_TYPES[found.lastindex - 1], data) if found and found.lastindex else None
 
 
-@dataclass(frozen=True)
-class ToolCall(Open):
-    """A call of a client's tool, from an earlier answer."""
-    id: str = param("")
-    type: str = param("function")
-    function: CalledFunction = param(CalledFunction)
+def data_faults(field: str, data: str) -> Iterator[Tuple[str, str]]:
+    if not image_of(data):
+        yield field, "must be a PNG, JPEG, GIF or WebP image in base64, without line ends"
 
 
-@dataclass(frozen=True)
-class ChatMessage(Open):
-    """One turn. Those of `system` and `developer` are the system prompt."""
-    role: str = param(choices=("system", "developer", "user", "assistant", "tool", "function"))
-    content: Union[None, str, List[Union[TextPart, RefusalPart]]] = param(None, free_text=True)
-    name: str = param("", doc="Of the one who speaks.")
-    refusal: str = param("", free_text=True)
-    reasoning_content: Any = param(None, doc="Thinking of earlier answers is left out.")
-    tool_calls: List[ToolCall] = param(list, doc="What the assistant called in this turn.")
-    tool_call_id: str = param("", doc="Of the call that this message of the role `tool` answers.")
+def url_faults(field: str, url: str) -> Iterator[Tuple[str, str]]:
+    found = IMAGE_URL.match(url)
+    if found:
+        yield from data_faults(field, url[found.end():])
+    else:
+        yield field, f"must begin with data:image/png;base64, or the like; {FETCHES_NOTHING}"
 
-    def turn(self) -> Turn:
-        parts = [TextPart("text", self.content)] if isinstance(self.content, str) else self.content or []
-        pieces = [Piece(part.text if isinstance(part, TextPart) else part.refusal) for part in parts]
-        if self.refusal:
-            pieces.append(Piece(self.refusal))
-        pieces += [Piece(call.function.arguments, "tool_call", (("id", call.id), ("name", call.function.name)))
-                   for call in self.tool_calls]
-        if self.role in ("tool", "function"):
-            answered = (("id", self.tool_call_id), ("name", self.name))
-            return Turn("tool", [Piece("\n".join(p.text for p in pieces), "tool_result", answered)])
-        return Turn(self.role, pieces, self.name)
+
+def image_piece(url: str) -> Piece:
+    """`url` is a data URL, or base64 alone."""
+    return Piece("", image=image_of(url.rpartition(",")[2]))
+
+
+def pieces_text(pieces: Iterable[Piece]) -> str:
+    return "\n".join(piece.text for piece in pieces if not piece.image)
+
+
+def tool_result(pieces: List[Piece], *attributes: Tuple[str, str]) -> List[Piece]:
+    """What a tool has answered; images follow its text."""
+    text = "\n".join(marked(piece, str) for piece in pieces if not piece.image)
+    return [Piece(text, "tool_result", attributes), *(piece for piece in pieces if piece.image)]
+
+
+SYSTEM = ("system", "developer")  # roles whose turns are the system prompt
+
+
+def system_text(turns: Iterable[Turn]) -> Optional[str]:
+    """The system prompt among them; None if there is none."""
+    pieces = [piece for turn in turns if turn.role in SYSTEM for piece in turn.pieces]
+    if any(piece.image for piece in pieces):
+        raise BadRequest("a system prompt is text: put the image into a message of the user")
+    return pieces_text(pieces) or None
 
 
 def not_yet(field: str, what: str) -> Invalid:
     return Invalid([Problem(field, f"{what} can not be used in clinvk {__version__} yet; leave the field out")])
+
+
+NOT_FORCED: Json = {"enum": ["auto", "none", None]}
+NO_TOOLS: Json = {"properties": {"tools": {"maxItems": 0}}}
+
+
+def refuse_forced(choice: Any, tools: Sequence[Any]) -> None:
+    """Of `tool_choice`, what is not there yet. Without any tools it means nothing."""
+    if tools and choice not in (None, "auto", "none"):
+        raise not_yet("tool_choice", 'a choice other than "auto" and "none"')
+
+
+@dataclass(frozen=True)
+class Format(Open):
+    """What form the answer has: any text, a JSON object, or JSON that a JSON Schema describes."""
+    SHAPE: ClassVar[Json] = {"anyOf": [
+        {"properties": {"type": {"enum": ["text", "json_object", None]}}},
+        {"required": ["schema"], "properties": {"schema": {"type": "object"}}}]}
+    type: str = param("text", choices=("text", "json_object", "json_schema"))
+    schema: Optional[Dict[str, Any]] = param(None, doc="JSON Schema, for json_schema.")
+    name: Any = param(None, doc=LENIENT)
+    description: Any = param(None, doc=LENIENT)
+    strict: Any = param(None, doc="The answer fits the schema in any case.")
+
+    def faults(self) -> Iterator[Tuple[str, str]]:
+        if self.type == "json_schema" and self.schema is None:
+            yield "schema", "is required"
+        yield from (("schema", fault) for fault in schema_faults(self.schema or {}))
+
+    @property
+    def wanted(self) -> Optional[Json]:
+        """The schema of the answer; None if it may be any text."""
+        return {"text": None, "json_object": {"type": "object"}, "json_schema": self.schema}[self.type]
 
 
 @dataclass(frozen=True)
@@ -1074,25 +1669,36 @@ class Compat(Open):
     stream: bool
     clinvk: Optional[AgentOptions]
     unknown: Tuple[str, ...]
+    PROMPT_AT: ClassVar[str] = "messages"  # the field that its prompt is in
+
+    @property
+    def stops(self) -> List[str]:
+        """Before the first of these an answer ends."""
+        return []
+
+    def to_prompts(self, config: Config) -> List[PromptRequest]:
+        """The runs that this request asks for, one for each of its answers."""
+        raise NotImplementedError
+
+    def ignored(self) -> List[str]:
+        """The fields that are without effect, whatever the backend."""
+        return list(self.unknown)
 
     def prompt_request(self, config: Config, turns: List[Turn], **fields: Any) -> PromptRequest:
-        """The run that this request asks for: the model, or the agent if `clinvk.workdir` or config says so."""
+        """A run: of the model, or of the agent if `clinvk.workdir` or config says so."""
         backend, model = backend_of(self.model, config)
         options = self.clinvk or AgentOptions()
         isolated = options.workdir is None and options.session_id is None and config.server.compat_mode == "model"
-        if not any(piece.tag or piece.text.strip() for turn in turns for piece in turn.pieces):
-            raise Invalid([Problem("messages", "have no text to answer")])
-        said: Json = {"backend": backend, "prompt": as_prompt(turns), "model": model}
-        check(PromptRequest, said)  # none of them may be taken for a flag, for instance
-        said["conversation"] = conversation_of(turns) if isolated else None
+        if not any(piece.tag or piece.image or piece.text.strip() for turn in turns for piece in turn.pieces):
+            raise Invalid([Problem(self.PROMPT_AT, "have no text to answer")])
+        check(PromptRequest, {"backend": backend, "model": model, "prompt": "-"})  # neither is to be taken for a flag
+        prompt = as_prompt(turns)
         fields = {name: value for name, value in fields.items() if getattr(options, name) in (None, "")}
-        return dataclasses.replace(options, **said, isolated=isolated,
+        return dataclasses.replace(options, backend=backend, model=model, prompt=prompt.text, images=prompt.images,
+                                   isolated=isolated, stops=tuple(self.stops),
+                                   turns=tuple(turns) if fields.get("schema") is not None else (),
+                                   conversation=conversation_of(turns) if isolated else None,
                                    ephemeral=options.ephemeral or options.session_id is None, **fields)
-
-
-# JSON Schema of what only `prompt_request` and `refuse_not_yet` check.
-NOT_BLANK = r"[^\s\x1c-\x1f\x85]"  # what str.strip() leaves, also where \s is ECMAScript's
-BLANK_NOT = {"type": "string", "pattern": NOT_BLANK}
 
 
 def with_any(*shapes: Json) -> Json:
@@ -1101,34 +1707,162 @@ def with_any(*shapes: Json) -> Json:
     return {"contains": {"anyOf": kinds}}
 
 
+# ---- OpenAI: chat completions
+
+@dataclass(frozen=True)
+class TextPart(Open):
+    """A part of a message: text."""
+    type: str = param(choices=("text",))
+    text: str = param("", free_text=True)
+
+    def piece(self) -> Piece:
+        return Piece(self.text)
+
+
+@dataclass(frozen=True)
+class RefusalPart(Open):
+    """A part of a message of the assistant: why it did not answer."""
+    type: str = param(choices=("refusal",))
+    refusal: str = param("", free_text=True)
+
+    def piece(self) -> Piece:
+        return Piece(self.refusal)
+
+
+@dataclass(frozen=True)
+class ImageURL(Open):
+    """An image, in the URL itself."""
+    url: str = param(shape=DATA_URL, doc="data:image/png;base64, and so on.")
+    detail: Any = param(None, doc=LENIENT)
+
+    def faults(self) -> Iterator[Tuple[str, str]]:
+        return url_faults("url", self.url)
+
+
+@dataclass(frozen=True)
+class ImagePart(Open):
+    """A part of a message: an image."""
+    type: str = param(choices=("image_url",))
+    image_url: ImageURL = param()
+
+    def piece(self) -> Piece:
+        return image_piece(self.image_url.url)
+
+
+@dataclass(frozen=True)
+class CalledFunction(Open):
+    """The function that a tool call names, and its arguments as JSON text."""
+    name: str = param("")
+    arguments: str = param("", free_text=True)
+
+
+@dataclass(frozen=True)
+class CalledTool(Open):
+    """The tool that is called with text of any form."""
+    name: str = param("")
+    input: str = param("", free_text=True)
+
+
+@dataclass(frozen=True)
+class ToolCall(Open):
+    """A call of a client's tool, from an earlier answer."""
+    id: str = param("")
+    type: str = param("function")
+    function: CalledFunction = param(CalledFunction)
+    custom: CalledTool = param(CalledTool)
+
+    def piece(self) -> Piece:
+        named = (("id", self.id), ("name", self.function.name or self.custom.name))
+        return Piece(self.function.arguments or self.custom.input, "tool_call", named)
+
+
+@dataclass(frozen=True)
+class ChatMessage(Open):
+    """One turn. Those of `system` and `developer` are the system prompt."""
+    role: str = param(choices=("system", "developer", "user", "assistant", "tool", "function"))
+    content: Union[None, str, List[Union[TextPart, RefusalPart, ImagePart]]] = param(None, free_text=True)
+    name: str = param("", doc="Of the one who speaks.")
+    refusal: str = param("", free_text=True)
+    reasoning_content: Any = param(None, doc="Thinking of earlier answers is left out.")
+    tool_calls: List[ToolCall] = param(list, doc="What the assistant called in this turn.")
+    function_call: Optional[CalledFunction] = param(None, doc="The same, as it was before there were tools.")
+    tool_call_id: str = param("", doc="Of the call that this message of the role `tool` answers.")
+
+    def turn(self) -> Turn:
+        pieces = [Piece(self.content)] if isinstance(self.content, str) else [p.piece() for p in self.content or []]
+        if self.refusal:
+            pieces.append(Piece(self.refusal))
+        old = [ToolCall(function=self.function_call)] if self.function_call else []
+        pieces += [call.piece() for call in [*self.tool_calls, *old]]
+        if self.role in ("tool", "function"):
+            return Turn("tool", tool_result(pieces, ("id", self.tool_call_id), ("name", self.name)))
+        return Turn(self.role, pieces, self.name)
+
+
+@dataclass(frozen=True)
+class NamedSchema(Open):
+    """JSON Schema of the answer."""
+    schema: Dict[str, Any] = param(doc="JSON Schema.")
+    name: Any = param(None, doc=LENIENT)
+    description: Any = param(None, doc=LENIENT)
+    strict: Any = param(None, doc="The answer fits the schema in any case.")
+
+    def faults(self) -> Iterator[Tuple[str, str]]:
+        return (("schema", fault) for fault in schema_faults(self.schema))
+
+
+@dataclass(frozen=True)
+class ResponseFormat(Open):
+    """What form the answer has: any text, a JSON object, or JSON that a JSON Schema describes."""
+    SHAPE: ClassVar[Json] = {"anyOf": [
+        {"properties": {"type": {"enum": ["text", "json_object", None]}}},
+        {"required": ["json_schema"], "properties": {"json_schema": {"type": "object"}}}]}
+    type: str = param("text", choices=("text", "json_object", "json_schema"))
+    json_schema: Optional[NamedSchema] = param(None, doc="For json_schema.")
+
+    def faults(self) -> Iterator[Tuple[str, str]]:
+        if self.type == "json_schema" and self.json_schema is None:
+            yield "json_schema", "is required"
+
+    @property
+    def wanted(self) -> Optional[Json]:
+        """The schema of the answer; None if it may be any text."""
+        return Format(self.type, self.json_schema.schema if self.json_schema else None).wanted
+
+
 TALK: Json = {"enum": ["user", "assistant", "tool", "function"]}
 SOME_PART = with_any({"type": {"enum": ["text"]}, "text": BLANK_NOT},
-                     {"type": {"enum": ["refusal"]}, "refusal": BLANK_NOT})
+                     {"type": {"enum": ["refusal"]}, "refusal": BLANK_NOT}, {"type": {"enum": ["image_url"]}})
 SOME_MESSAGE = with_any({"role": TALK, "content": {"anyOf": [BLANK_NOT, {"type": "array", **SOME_PART}]}},
                         {"role": TALK, "refusal": BLANK_NOT}, {"role": {"enum": ["tool", "function"]}},
                         {"role": TALK, "tool_calls": {"type": "array", "minItems": 1}})
-LENIENT = "Accepted and without effect."
+STOP_DOC = "The answer ends before the first of these."
+MODEL_DOC = ("`claude`, `codex`, `gemini` or another configured backend; `backend/model`; the name of a model that one "
+             "of them has; `default`; an alias of the config.")
+NOT_OFFERED = "Not offered to the CLI in this version."
+
+
+def texts_of(stop: Union[None, str, List[str]]) -> List[str]:
+    return [text for text in ([stop] if isinstance(stop, str) else stop or []) if text]
 
 
 @dataclass(frozen=True)
 class ChatRequest(Compat):
     """A chat completion. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
-    model: str = param(not_empty=True, doc="`claude`, `codex`, `gemini` or another configured backend; "
-                       "`backend/model`; the name of a model that one of them has; `default`; an alias of the config.")
+    SHAPE: ClassVar[Json] = {"anyOf": [{"properties": {"tool_choice": NOT_FORCED}}, NO_TOOLS]}
+    model: str = param(not_empty=True, doc=MODEL_DOC)
     messages: List[ChatMessage] = param(not_empty=True, shape=SOME_MESSAGE, doc="The conversation; the last turn of "
                                         "the user is the one to answer.")
     stream: bool = param(False, doc="Answer as server-sent events.")
     stream_options: StreamOptions = param(StreamOptions, doc="What a stream tells besides the answer.")
-    n: int = param(1, minimum=1, maximum=8, shape={"maximum": 1}, doc="How many answers.")
-    stop: Union[None, str, List[str]] = param(None, longest=4, free_text=True, doc="The answer ends before the first "
-                                              "of these.")
+    n: int = param(1, minimum=1, maximum=8, doc="How many answers, each from a run of its own.")
+    stop: Union[None, str, List[str]] = param(None, longest=4, free_text=True, doc=STOP_DOC)
     max_tokens: Optional[int] = param(None, minimum=1, doc="Of the answer, where the CLI can.")
     max_completion_tokens: Optional[int] = param(None, minimum=1, doc="As max_tokens, and stronger.")
     reasoning_effort: str = param("", doc="low, medium, high ...: where the CLI can.")
-    response_format: Optional[Dict[str, Any]] = param(None, shape={"properties": {"type": {"enum": ["text"]}}},
-                                                      doc="Text, in this version.")
-    tools: List[Any] = param(list, doc="Not offered to the CLI in this version.")
-    tool_choice: Any = param(None, shape={"enum": ["auto", "none"]}, doc="What the client's tools are for.")
+    response_format: ResponseFormat = param(ResponseFormat, doc="What form the answer has.")
+    tools: List[Any] = param(list, doc=NOT_OFFERED)
+    tool_choice: Any = param(None, doc="What the client's tools are for: `auto` or `none`.")
     logprobs: bool = param(False, shape=NEVER, doc="No CLI gives them.")
     user: Any = param(None, doc=LENIENT)
     metadata: Any = param(None, doc=LENIENT)
@@ -1137,30 +1871,259 @@ class ChatRequest(Compat):
 
     @property
     def stops(self) -> List[str]:
-        return [s for s in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if s]
+        return texts_of(self.stop)
 
-    def to_prompt(self, config: Config) -> PromptRequest:
-        self.refuse_not_yet()
-        turns = [message.turn() for message in self.messages]
-        system = [p.text for t in turns if t.role in ("system", "developer") for p in t.pieces]
-        talk = [t for t in turns if t.role not in ("system", "developer")]
-        if not talk:
-            raise Invalid([Problem("messages", "must have a message of the user")])
-        return self.prompt_request(config, talk, system_prompt="\n".join(system) or None, effort=self.reasoning_effort,
-                                   max_tokens=self.max_completion_tokens or self.max_tokens)
-
-    def refuse_not_yet(self) -> None:
-        if self.n > 1:
-            raise not_yet("n", "more than one choice")
-        if (self.response_format or {}).get("type", "text") != "text":
-            raise not_yet("response_format", "structured output")
+    def to_prompts(self, config: Config) -> List[PromptRequest]:
+        refuse_forced(self.tool_choice, self.tools)
         if self.logprobs:
             raise Invalid([Problem("logprobs", "are not given by any CLI; leave the field out", True)])
-        if self.tool_choice not in (None, "auto", "none"):
-            raise not_yet("tool_choice", 'a choice other than "auto" and "none"')
+        turns = [message.turn() for message in self.messages]
+        talk = [turn for turn in turns if turn.role not in SYSTEM]
+        if not talk:
+            raise Invalid([Problem("messages", "must have a message of the user")])
+        one = self.prompt_request(
+            config, talk, system_prompt=system_text(turns), effort=self.reasoning_effort,
+            max_tokens=self.max_completion_tokens or self.max_tokens, schema=self.response_format.wanted)
+        return [one] * self.n
 
     def ignored(self) -> List[str]:
         return [*(["tools"] if self.tools and self.tool_choice != "none" else []), *self.unknown]
+
+
+# ---- OpenAI: completions
+
+COMPLETES = ("You complete texts. Answer with what comes after the text that you are given, and with nothing else: do "
+             "not repeat the text, explain nothing, and use no code fences.")
+FILLS = ("You fill gaps in texts. You are given what stands before the gap, in <before>, and what stands after it, in "
+         "<after>. Answer with what stands in the gap, and with nothing else: repeat nothing, explain nothing, and use "
+         "no code fences.")
+
+
+@dataclass(frozen=True)
+class CompletionRequest(Compat):
+    """A text to complete. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
+    PROMPT_AT: ClassVar[str] = "prompt"
+    model: str = param(not_empty=True, doc=MODEL_DOC)
+    prompt: Union[str, List[str]] = param(not_empty=True, longest=16, free_text=True, doc="The text, or several texts.",
+                                          shape={"anyOf": [BLANK_NOT, {"type": "array", "items": BLANK_NOT}]})
+    suffix: str = param("", free_text=True, doc="What comes after the text that is asked for.")
+    echo: bool = param(False, doc="The answer begins with the prompt.")
+    stream: bool = param(False, doc="Answer as server-sent events.")
+    stream_options: StreamOptions = param(StreamOptions, doc="What a stream tells besides the answer.")
+    n: int = param(1, minimum=1, maximum=8, doc="How many answers for each prompt, each from a run of its own.")
+    stop: Union[None, str, List[str]] = param(None, longest=4, free_text=True, doc=STOP_DOC)
+    max_tokens: Optional[int] = param(None, minimum=1, doc="Of the answer, where the CLI can.")
+    logprobs: Any = param(None, shape={"enum": [None]}, doc="No CLI gives them.")
+    best_of: Optional[int] = param(None, minimum=1, shape={"maximum": 1}, doc="1: no CLI tells which answer is best.")
+    user: Any = param(None, doc=LENIENT)
+    clinvk: Optional[AgentOptions] = param(None, doc="How it runs.")
+    unknown: Tuple[str, ...] = internal(())
+
+    def faults(self) -> Iterator[Tuple[str, str]]:
+        if self.logprobs is not None:
+            yield "logprobs", "are not given by any CLI; leave the field out"
+        if (self.best_of or 1) > 1:
+            yield "best_of", "must be 1: no CLI tells which of several answers is the likeliest"
+
+    @property
+    def stops(self) -> List[str]:
+        return texts_of(self.stop)
+
+    @property
+    def texts(self) -> List[str]:
+        """The prompt of each answer."""
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return [text for text in prompts for _ in range(self.n)]
+
+    def to_prompts(self, config: Config) -> List[PromptRequest]:
+        return [dataclasses.replace(self.completion(text, config), conversation=None) for text in self.texts]
+
+    def completion(self, text: str, config: Config) -> PromptRequest:
+        """A run; nothing follows its answer, so that no CLI is to wait for that."""
+        asked = f"<before>{text}</before>\n<after>{self.suffix}</after>" if self.suffix else text
+        return self.prompt_request(config, [Turn("user", [Piece(asked)])], max_tokens=self.max_tokens,
+                                   system_prompt=FILLS if self.suffix else COMPLETES)
+
+
+# ---- OpenAI: responses
+
+@dataclass(frozen=True)
+class InputText(Open):
+    """A part of a message: text."""
+    type: str = param(choices=("input_text", "output_text", "text"))
+    text: str = param("", free_text=True)
+    annotations: Any = param(None, doc=LENIENT)
+    logprobs: Any = param(None, doc=LENIENT)
+
+    def piece(self) -> Piece:
+        return Piece(self.text)
+
+
+@dataclass(frozen=True)
+class InputImage(Open):
+    """A part of a message: an image."""
+    type: str = param(choices=("input_image",))
+    image_url: str = param(shape=DATA_URL, doc="data:image/png;base64, and so on.")
+    detail: Any = param(None, doc=LENIENT)
+
+    def faults(self) -> Iterator[Tuple[str, str]]:
+        return url_faults("image_url", self.image_url)
+
+    def piece(self) -> Piece:
+        return image_piece(self.image_url)
+
+
+@dataclass(frozen=True)
+class InputMessage(Open):
+    """One turn. Those of `system` and `developer` are part of the system prompt."""
+    role: str = param(choices=("system", "developer", "user", "assistant"))
+    content: Union[str, List[Union[InputText, InputImage, RefusalPart]]] = param(free_text=True)
+    type: str = param("message", choices=("message",))
+    id: Any = param(None, doc=LENIENT)
+    status: Any = param(None, doc=LENIENT)
+    phase: Any = param(None, doc=LENIENT)
+
+    def turn(self) -> Turn:
+        pieces = [Piece(self.content)] if isinstance(self.content, str) else [part.piece() for part in self.content]
+        return Turn(self.role, pieces)
+
+
+@dataclass(frozen=True)
+class CallItem(Kept):
+    """A tool that was called in an earlier answer."""
+    NOT_SAID: ClassVar[FrozenSet[str]] = frozenset({"type", "id", "call_id", "name", "namespace", "status"})
+    type: str = param(choices=("function_call", "custom_tool_call", "local_shell_call", "web_search_call",
+                               "tool_search_call"))
+    call_id: str = param("")
+    name: str = param("")
+    namespace: str = param("")
+    whole: Json = internal(dict)
+
+    def turn(self) -> Turn:
+        name = ".".join(part for part in (self.namespace, self.name or self.type) if part)
+        return Turn("assistant", [Piece(rest_of(self), "tool_call", (("id", self.call_id), ("name", name)))])
+
+
+@dataclass(frozen=True)
+class OutputItem(Kept):
+    """What a tool has answered."""
+    NOT_SAID: ClassVar[FrozenSet[str]] = frozenset({"type", "id", "call_id", "status", "execution"})
+    type: str = param(choices=("function_call_output", "custom_tool_call_output", "local_shell_call_output",
+                               "tool_search_output"))
+    call_id: str = param("")
+    output: Union[None, str, List[Union[InputText, InputImage]], Dict[str, Any]] = param(None, free_text=True)
+    whole: Json = internal(dict)
+
+    def turn(self) -> Turn:
+        parts = [part.piece() for part in self.output] if isinstance(self.output, list) else [Piece(rest_of(self))]
+        return Turn("tool", tool_result(parts, ("id", self.call_id)))
+
+
+def rest_of(item: Union[CallItem, OutputItem]) -> str:
+    """All that an item says but its NOT_SAID: the text of a field, if there is only one; else JSON."""
+    fields = {name: value for name, value in item.whole.items() if name not in item.NOT_SAID}
+    only = next(iter(fields.values()), "") if len(fields) < 2 else fields
+    return only if isinstance(only, str) else json.dumps(only, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class SilentItem(Open):
+    """Thinking of an earlier answer, which is left out; or further tools."""
+    type: str = param(choices=("reasoning", "additional_tools"))
+
+    def turn(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class TextForm(Open):
+    """What form the answer has."""
+    format: Format = param(Format, doc="Any text, a JSON object, or JSON that a JSON Schema describes.")
+
+
+@dataclass(frozen=True)
+class Reasoning(Open):
+    """How hard the CLI is to think, where it can."""
+    effort: str = param("")
+    summary: Any = param(None, doc="What there is of its thinking is always told.")
+    generate_summary: Any = param(None, doc="The same, as it was called before.")
+
+
+Item = Union[InputMessage, CallItem, OutputItem, SilentItem]
+SOME_INPUT_PART = with_any({"type": {"enum": ["input_text", "output_text", "text"]}, "text": BLANK_NOT},
+                           {"type": {"enum": ["refusal"]}, "refusal": BLANK_NOT}, {"type": {"enum": ["input_image"]}})
+SOME_ITEM = with_any({"role": {"enum": ["user", "assistant"]}, "type": {"enum": ["message", None]},
+                      "content": {"anyOf": [BLANK_NOT, {"type": "array", **SOME_INPUT_PART}]}})
+
+
+@dataclass(frozen=True)
+class ResponsesRequest(Compat):
+    """A response, of which nothing is stored. Fields that are not here are accepted, and named in the answer's header
+    X-Clinvk-Ignored."""
+    SHAPE: ClassVar[Json] = {"anyOf": [{"properties": {"tool_choice": NOT_FORCED}}, NO_TOOLS]}
+    PROMPT_AT: ClassVar[str] = "input"
+    model: str = param(not_empty=True, doc=MODEL_DOC)
+    input: Union[str, List[Item]] = param(not_empty=True, free_text=True, shape={"anyOf": [BLANK_NOT, {
+        "type": "array", **SOME_ITEM}]}, doc="The whole conversation; the last turn of the user is the one to answer.")
+    instructions: str = param("", free_text=True, doc="The system prompt.")
+    stream: bool = param(False, doc="Answer as server-sent events.")
+    stream_options: StreamOptions = param(StreamOptions, doc="What a stream of chunks tells besides the answer.")
+    max_output_tokens: Optional[int] = param(None, minimum=1, doc="Of the answer, where the CLI can.")
+    reasoning: Reasoning = param(Reasoning, doc="How hard the CLI is to think, where it can.")
+    text: TextForm = param(TextForm, doc="What form the answer has.")
+    tools: List[Any] = param(list, doc=NOT_OFFERED)
+    tool_choice: Any = param(None, doc="What the client's tools are for: `auto` or `none`.")
+    parallel_tool_calls: Any = param(None, doc=LENIENT)
+    previous_response_id: Any = param(None, shape={"enum": [None]}, doc="Nothing is stored: send the whole input.")
+    conversation: Any = param(None, shape={"enum": [None]}, doc="Nothing is stored: send the whole input.")
+    background: bool = param(False, shape=NEVER, doc="Nothing is stored that could be fetched later.")
+    metadata: Any = param(None, doc=LENIENT)
+    user: Any = param(None, doc=LENIENT)
+    clinvk: Optional[AgentOptions] = param(None, doc="How it runs.")
+    unknown: Tuple[str, ...] = internal(())
+
+    def faults(self) -> Iterator[Tuple[str, str]]:
+        for name in ("previous_response_id", "conversation"):
+            if getattr(self, name) is not None:
+                yield name, "can not be used, as clinvk stores no responses: send the whole input, and leave it out"
+        if self.background:
+            yield "background", "can not be true, as clinvk stores no responses: stream, if the answer takes long"
+
+    def to_prompts(self, config: Config) -> List[PromptRequest]:
+        refuse_forced(self.tool_choice, self.tools)
+        items = self.input if isinstance(self.input, list) else [InputMessage("user", self.input)]
+        first = Turn("system", [Piece(self.instructions)] if self.instructions else [])
+        turns = [first, *(turn for turn in (item.turn() for item in items) if turn)]
+        talk = one_turn_an_answer([turn for turn in turns if turn.role not in SYSTEM])
+        if not talk:
+            raise Invalid([Problem("input", "must have a message of the user")])
+        return [self.prompt_request(
+            config, talk, system_prompt=system_text(turns), effort=self.reasoning.effort,
+            max_tokens=self.max_output_tokens, schema=self.text.format.wanted)]
+
+    def ignored(self) -> List[str]:
+        return [*(["tools"] if self.tools and self.tool_choice != "none" else []), *self.unknown]
+
+    @property
+    def echoed(self) -> Json:
+        """The fields that the answer repeats."""
+        form = self.text.format
+        described = {"name": form.name or "answer", "schema": form.schema, "strict": form.strict} if form.schema else {}
+        return {"instructions": self.instructions or None, "max_output_tokens": self.max_output_tokens,
+                "metadata": self.metadata or {}, "tool_choice": "none" if self.tool_choice == "none" else "auto",
+                "reasoning": {"effort": self.reasoning.effort or None, "summary": self.reasoning.summary},
+                "text": {"format": {"type": form.type, **described}}}
+
+
+def one_turn_an_answer(turns: List[Turn]) -> List[Turn]:
+    """A call belongs to the turn in which the assistant has said something before it."""
+    joined: List[Turn] = []
+    for turn in turns:
+        if joined and turn.role == joined[-1].role == "assistant" and turn.pieces[0].tag:
+            joined[-1] = joined[-1]._replace(pieces=joined[-1].pieces + turn.pieces)
+        else:
+            joined.append(turn)
+    return joined
 
 
 # ---- Anthropic
@@ -1173,8 +2136,34 @@ class TextBlock(Open):
     citations: Any = param(None, doc=LENIENT)
     cache_control: Any = param(None, doc=LENIENT)
 
-    def piece(self) -> Piece:
-        return Piece(self.text)
+    def pieces(self) -> List[Piece]:
+        return [Piece(self.text)]
+
+
+@dataclass(frozen=True)
+class ImageSource(Open):
+    """An image, in base64."""
+    SHAPE: ClassVar[Json] = {"allOf": [{"required": ["data"], "properties": {"data": {"type": "string"}}}]}
+    type: str = param(choices=("base64", "url", "file"), shape={"enum": ["base64"]})
+    media_type: str = param("", doc="What counts is how the image begins.")
+    data: str = param("", shape=IMAGE_SHAPE)
+
+    def faults(self) -> Iterator[Tuple[str, str]]:
+        if self.type == "base64":
+            yield from data_faults("data", self.data)
+        else:
+            yield "type", f"must be base64; {FETCHES_NOTHING}"
+
+
+@dataclass(frozen=True)
+class ImageBlock(Open):
+    """An image."""
+    type: str = param(choices=("image",))
+    source: ImageSource = param()
+    cache_control: Any = param(None, doc=LENIENT)
+
+    def pieces(self) -> List[Piece]:
+        return [image_piece(self.source.data)]
 
 
 @dataclass(frozen=True)
@@ -1186,8 +2175,8 @@ class ToolUseBlock(Open):
     input: Any = param(None)
     cache_control: Any = param(None, doc=LENIENT)
 
-    def piece(self) -> Piece:
-        return Piece(json.dumps(self.input, ensure_ascii=False), "tool_call", (("id", self.id), ("name", self.name)))
+    def pieces(self) -> List[Piece]:
+        return [Piece(json.dumps(self.input, ensure_ascii=False), "tool_call", (("id", self.id), ("name", self.name)))]
 
 
 @dataclass(frozen=True)
@@ -1195,13 +2184,14 @@ class ToolResultBlock(Open):
     """What a client's tool answered."""
     type: str = param(choices=("tool_result",))
     tool_use_id: str = param("")
-    content: Union[None, str, List[Union[TextBlock, DocumentBlock, SearchResultBlock]]] = param(None, free_text=True)
+    content: Union[None, str, List[Union[TextBlock, ImageBlock, DocumentBlock, SearchResultBlock]]] = param(
+        None, free_text=True)
     is_error: bool = param(False)
     cache_control: Any = param(None, doc=LENIENT)
 
-    def piece(self) -> Piece:
-        inner = element_text(content_pieces(self.content), escape=str)
-        return Piece(inner, "tool_result", (("id", self.tool_use_id), ("error", "true" if self.is_error else "")))
+    def pieces(self) -> List[Piece]:
+        return tool_result(content_pieces(self.content), ("id", self.tool_use_id),
+                           ("error", "true" if self.is_error else ""))
 
 
 @dataclass(frozen=True)
@@ -1212,8 +2202,8 @@ class ThinkingBlock(Open):
     signature: str = param("")
     data: str = param("")
 
-    def piece(self) -> Optional[Piece]:
-        return None
+    def pieces(self) -> List[Piece]:
+        return []
 
 
 @dataclass(frozen=True)
@@ -1228,7 +2218,7 @@ class TextSource(Open):
 class ContentSource(Open):
     """A document in blocks."""
     type: str = param(choices=("content",))
-    content: Union[None, str, List[TextBlock]] = param(None, free_text=True)
+    content: Union[None, str, List[Union[TextBlock, ImageBlock]]] = param(None, free_text=True)
 
 
 @dataclass(frozen=True)
@@ -1241,10 +2231,11 @@ class DocumentBlock(Open):
     citations: Any = param(None, doc=LENIENT)
     cache_control: Any = param(None, doc=LENIENT)
 
-    def piece(self) -> Piece:
+    def pieces(self) -> List[Piece]:
         source = self.source
-        text = source.data if isinstance(source, TextSource) else pieces_text(content_pieces(source.content))
-        return Piece(text, "document", (("title", self.title), ("context", self.context)))
+        inside = [Piece(source.data)] if isinstance(source, TextSource) else content_pieces(source.content)
+        return [Piece(pieces_text(inside), "document", (("title", self.title), ("context", self.context))),
+                *(piece for piece in inside if piece.image)]
 
 
 @dataclass(frozen=True)
@@ -1257,23 +2248,19 @@ class SearchResultBlock(Open):
     citations: Any = param(None, doc=LENIENT)
     cache_control: Any = param(None, doc=LENIENT)
 
-    def piece(self) -> Piece:
-        return Piece(pieces_text(content_pieces(self.content)), "document",
-                     (("title", self.title), ("source", self.source)))
+    def pieces(self) -> List[Piece]:
+        return [Piece(pieces_text(content_pieces(self.content)), "document",
+                      (("title", self.title), ("source", self.source)))]
 
 
-Block = Union[TextBlock, ToolUseBlock, ToolResultBlock, ThinkingBlock, DocumentBlock, SearchResultBlock]
+Block = Union[TextBlock, ImageBlock, ToolUseBlock, ToolResultBlock, ThinkingBlock, DocumentBlock, SearchResultBlock]
 
 
 def content_pieces(content: Union[None, str, Sequence[Block]]) -> List[Piece]:
     """A content as it stands in a prompt."""
     if content is None or isinstance(content, str):
         return [Piece(content or "")]
-    return [piece for piece in (block.piece() for block in content) if piece]
-
-
-def pieces_text(pieces: Iterable[Piece]) -> str:
-    return "\n".join(piece.text for piece in pieces)
+    return [piece for block in content for piece in block.pieces()]
 
 
 @dataclass(frozen=True)
@@ -1288,27 +2275,31 @@ class MessageParam(Open):
 
 @dataclass(frozen=True)
 class ThinkingParam(Open):
-    """How much the CLI may think, where it can."""
+    """How much the CLI may think, where it can: `disabled`, `enabled` or `adaptive`."""
     type: str = param("")
     budget_tokens: Optional[int] = param(None, minimum=0)
+
+    @property
+    def tokens(self) -> Optional[int]:
+        return 0 if self.type == "disabled" else self.budget_tokens
 
 
 @dataclass(frozen=True)
 class ToolChoiceParam(Open):
     """Whether the client's tools may be called."""
-    type: str = param("auto", shape={"enum": ["auto", "none"]})
+    type: str = param("auto")
     disable_parallel_tool_use: Any = param(None, doc=LENIENT)
 
 
 @dataclass(frozen=True)
 class OutputConfigParam(Open):
-    """How hard the CLI is to try, where it can."""
+    """How hard the CLI is to try, where it can, and what form the answer has."""
     effort: str = param("")
-    format: Any = param(None, shape={"enum": [None]})
+    format: Format = param(Format)
 
 
 SOME_BLOCK = with_any({"type": {"enum": ["text"]}, "text": BLANK_NOT},
-                      {"type": {"enum": ["tool_use", "tool_result", "document", "search_result"]}})
+                      {"type": {"enum": ["image", "tool_use", "tool_result", "document", "search_result"]}})
 SOME_TURN: Json = {**with_any({"role": {}, "content": {"anyOf": [BLANK_NOT, {"type": "array", **SOME_BLOCK}]}}),
                    "prefixItems": [{"$ref": "#/components/schemas/MessageParam",
                                     "properties": {"role": {"enum": ["user", "system"]}}}]}
@@ -1317,55 +2308,49 @@ SOME_TURN: Json = {**with_any({"role": {}, "content": {"anyOf": [BLANK_NOT, {"ty
 @dataclass(frozen=True)
 class MessagesRequest(Compat):
     """A message. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
+    SHAPE: ClassVar[Json] = {"anyOf": [{"properties": {"tool_choice": {"properties": {"type": NOT_FORCED}}}}, NO_TOOLS]}
     model: str = param(not_empty=True, doc="As in a chat completion.")
     messages: List[MessageParam] = param(not_empty=True, shape=SOME_TURN, doc="The conversation; the first turn "
                                          "is the user's.")
     max_tokens: int = param(minimum=1, doc="Of the answer, where the CLI can.")
     system: Union[None, str, List[TextBlock]] = param(None, free_text=True, doc="The system prompt.")
     stream: bool = param(False, doc="Answer as server-sent events.")
-    stop_sequences: List[str] = param(list, free_text=True, doc="The answer ends before the first of these.")
+    stop_sequences: List[str] = param(list, free_text=True, doc=STOP_DOC)
     metadata: Any = param(None, doc=LENIENT)
     thinking: Optional[ThinkingParam] = param(None, doc="How much the CLI may think, where it can.")
-    tools: List[Any] = param(list, doc="Not offered to the CLI in this version.")
-    tool_choice: Optional[ToolChoiceParam] = param(None, doc="What the client's tools are for.")
-    output_format: Any = param(None, shape={"enum": [None]}, doc="Text, in this version.")
-    output_config: Optional[OutputConfigParam] = param(None, doc="How hard the CLI is to try, where it can.")
+    tools: List[Any] = param(list, doc=NOT_OFFERED)
+    tool_choice: ToolChoiceParam = param(ToolChoiceParam, doc="What the client's tools are for.")
+    output_format: Format = param(Format, doc="What form the answer has; output_config.format is stronger.")
+    output_config: OutputConfigParam = param(OutputConfigParam, doc="How hard the CLI is to try, where it can, and "
+                                             "what form the answer has.")
     clinvk: Optional[AgentOptions] = param(None, doc="How the chat runs.")
     unknown: Tuple[str, ...] = internal(())
 
+    def faults(self) -> Iterator[Tuple[str, str]]:
+        if self.messages[0].role == "assistant":
+            yield "messages[0].role", 'must be "user"'
+
     @property
     def stops(self) -> List[str]:
-        return [s for s in self.stop_sequences if s]
+        return texts_of(self.stop_sequences)
 
-    @property
-    def choice(self) -> str:
-        return self.tool_choice.type if self.tool_choice else "auto"
-
-    def to_prompt(self, config: Config) -> PromptRequest:
-        self.refuse_not_yet()
-        thinking, output = self.thinking or ThinkingParam(), self.output_config or OutputConfigParam()
-        return self.prompt_request(
-            config, [message.turn() for message in self.messages],
-            system_prompt=pieces_text(content_pieces(self.system)) or None, max_tokens=self.max_tokens,
-            effort=output.effort, thinking_tokens=thinking.budget_tokens)
-
-    def refuse_not_yet(self) -> None:
-        if self.choice not in ("auto", "none"):
-            raise not_yet("tool_choice", 'a choice other than "auto" and "none"')
-        if self.output_format is not None:
-            raise not_yet("output_format", "structured output")
-        if self.output_config and self.output_config.format is not None:
-            raise not_yet("output_config.format", "structured output")
-        if self.messages[0].role == "assistant":
-            raise Invalid([Problem("messages[0].role", 'must be "user"', "assistant")])
+    def to_prompts(self, config: Config) -> List[PromptRequest]:
+        refuse_forced(self.tool_choice.type, self.tools)
+        thinking = self.thinking or ThinkingParam()
+        system = Turn("system", content_pieces(self.system))
+        return [self.prompt_request(
+            config, [message.turn() for message in self.messages], system_prompt=system_text([system]),
+            max_tokens=self.max_tokens, effort=self.output_config.effort, thinking_tokens=thinking.tokens,
+            schema=self.output_config.format.wanted or self.output_format.wanted)]
 
     def ignored(self) -> List[str]:
-        return [*(["tools"] if self.tools and self.choice != "none" else []), *self.unknown]
+        return [*(["tools"] if self.tools and self.tool_choice.type != "none" else []), *self.unknown]
 
 
 @dataclass(frozen=True)
 class CountRequest(Open):
     """What is to be counted. Other fields are accepted and without effect."""
+    IMAGE: ClassVar[int] = 6000  # characters that an image counts as: about as much as one of a million pixels
     model: str = param(not_empty=True, doc="As in a chat completion.")
     messages: List[MessageParam] = param(not_empty=True, doc="The conversation.")
     system: Union[None, str, List[TextBlock]] = param(None, free_text=True, doc="The system prompt.")
@@ -1375,7 +2360,8 @@ class CountRequest(Open):
     def characters(self) -> int:
         texts = [content_pieces(content) for content in (self.system, *(m.content for m in self.messages))]
         tools = [json.dumps(tool, ensure_ascii=False) for tool in self.tools]
-        return sum(map(len, tools)) + sum(len(piece.text) for pieces in texts for piece in pieces)
+        said = sum(self.IMAGE if piece.image else len(piece.text) for pieces in texts for piece in pieces)
+        return sum(map(len, tools)) + said
 
 
 # ==== Events ======================================================================================
@@ -1392,6 +2378,11 @@ class Usage:
     cache_creation_tokens: int = 0
     reasoning_tokens: int = 0
     cache_inside: bool = True
+
+    def __add__(self, other: Usage) -> Usage:
+        """Of two runs of one backend."""
+        counts = {name: count + getattr(other, name) for name, count in vars(self).items() if name != "cache_inside"}
+        return dataclasses.replace(self, **counts)
 
     @property
     def all_input(self) -> int:
@@ -1449,6 +2440,12 @@ class Message(Event):
     text: str
     is_partial: bool = True
     opens: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal(Event):
+    """Why the answer is not what was asked for. No Message comes besides."""
+    text: str
 
 
 @dataclass(frozen=True)
@@ -1512,6 +2509,7 @@ class Result:
     def __init__(self) -> None:
         self.init = Init()
         self.messages: List[List[str]] = []
+        self.refusal: Optional[str] = None
         self.thoughts: List[str] = []
         self.usage: Optional[Usage] = None
         self.failure: Optional[Failure] = None
@@ -1525,6 +2523,8 @@ class Result:
             self.messages[-1].append(event.text)
         elif isinstance(event, Thinking):
             self.thoughts.append(event.text)
+        elif isinstance(event, Refusal):
+            self.refusal = event.text
         elif isinstance(event, TokenUsage):
             self.usage = event.usage
         elif isinstance(event, Init):
@@ -1540,6 +2540,10 @@ class Result:
         return self.messages[-1] if self.messages else []
 
     @property
+    def text(self) -> str:
+        return "".join(self.final)
+
+    @property
     def said(self) -> List[str]:
         """Every message, in pieces, with a blank line between them: what a compat stream sends, too."""
         if len(self.messages) == 1:
@@ -1548,6 +2552,19 @@ class Result:
         for message in self.messages:
             parts += ([PARAGRAPH] if parts else []) + message
         return parts
+
+
+class Joined:
+    """A run's messages as one text, as a client of the OpenAI and Anthropic APIs gets it: a blank line between them."""
+
+    def __init__(self) -> None:
+        self.begun, self.characters = False, 0
+
+    def add(self, message: Message) -> str:
+        """What it adds to the text."""
+        text = PARAGRAPH + message.text if message.opens and self.begun else message.text
+        self.begun, self.characters = True, self.characters + len(text)
+        return text
 
 
 PARAGRAPH = "\n\n"
@@ -1644,6 +2661,7 @@ class Backend:
     remembers: ClassVar[bool] = True  # whether it can go on with a conversation
     stores_at_exit: ClassVar[bool] = False  # whether a conversation is whole, and free for another process, only then
     can_wait: ClassVar[bool] = False  # whether it can be started ahead of its first request, and has `ask_on`
+    shows_images: ClassVar[bool] = False  # to its model
     noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
     LOGIN_AND_SETTINGS: ClassVar[Tuple[str, ...]] = ()  # files in its own home that it reads at its start
     MEMORY: ClassVar[Tuple[str, ...]] = ()  # further ones that it reads there as an agent
@@ -1689,7 +2707,14 @@ class Backend:
 
     def refuses(self, request: Settled) -> str:
         """Why this CLI can not be given that prompt; "" if it can."""
-        return "" if request.prompt.strip() else "must have more than blanks"
+        if request.images and not self.shows_images:
+            return f"has an image, and {self.name} takes text only: leave it out, or ask another backend"
+        return "" if request.prompt.strip() or request.images else "must have more than blanks"
+
+    def schema_for(self, schema: Json) -> Optional[Json]:
+        """A JSON Schema as the CLI is told of it, to see itself to it that the answer fits. None: it has no way to do
+        that with this one, and is told in words."""
+        return None
 
     def plan(self, request: Settled) -> str:
         """What `dry_run` shows: the command line; where it would run, and the variables that are set for it; what it
@@ -2027,14 +3052,25 @@ class Claude(JsonLines):
     PERMISSION = {"default": "default", "auto": "acceptEdits", "none": "dontAsk", "always": "default"}
     stores_at_exit = True
     can_wait = True
+    shows_images = True
     LOGIN_AND_SETTINGS = (".credentials.json", "settings.json")
     MEMORY = ("CLAUDE.md",)
     IN_WORKDIR = ("CLAUDE.md", "CLAUDE.local.md", ".mcp.json", ".claude/CLAUDE.md", ".claude/settings.json",
                   ".claude/settings.local.json")
-    EFFORTS: ClassVar[Dict[str, str]] = {"minimal": "low", "low": "low", "medium": "medium", "high": "high",
-                                         "xhigh": "max", "max": "max"}
+    EFFORTS: ClassVar[Dict[str, str]] = {"none": "", "minimal": "low", "low": "low", "medium": "medium",
+                                         "high": "high", "xhigh": "xhigh", "max": "max"}
+    # Tokens, for the models that know no effort: 4.5 and before. The others take notice of the 0 only.
+    THINKING: ClassVar[Dict[str, int]] = {"none": 0, "minimal": 1024, "low": 2048, "medium": 8192, "high": 31999,
+                                          "xhigh": 31999, "max": 31999}
     AGENT = "clinvk-9e41"  # nobody's own: it would be taken in place of ours
     RETRIES_OF_429 = 2  # about 4 s; after that the provider means it
+    SCHEMA_TOOL = "StructuredOutput"  # claude's own, which its model calls with the answer
+    # What its strict validator knows. With any other word in a schema the tool is silently not there.
+    SCHEMA_WORDS = frozenset("""
+        type enum const properties required additionalProperties patternProperties propertyNames minProperties
+        maxProperties items additionalItems contains minItems maxItems uniqueItems minLength maxLength pattern minimum
+        maximum exclusiveMinimum exclusiveMaximum multipleOf allOf anyOf oneOf not if then else dependencies $ref $defs
+        definitions title description default examples""".split())
 
     def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
         super().__init__(name, program, config, cli_version)
@@ -2050,10 +3086,16 @@ class Claude(JsonLines):
         self.before: Json = {}  # the result of the turn before
         self.session_id = ""
         self.has_hooks = False  # which may take their time before the turn begins
+        self.has_schema = False  # so that the answer is in the result
 
     def lasts(self, request: Settled) -> bool:
         """A budget is the process's own."""
         return not any(word.startswith("--max-budget") for word in [*self.own_flags, *request.extra])
+
+    def schema_for(self, schema: Json) -> Optional[Json]:
+        """An object's, as far as claude knows its words: clinvk looks at the answer, too."""
+        known = with_words(schema, self.SCHEMA_WORDS)
+        return known if isinstance(known, dict) and known.get("type") == "object" else None
 
     def stored(self) -> str:
         return " ".join(map(file_stamp, self.transcripts(self.session_id)))
@@ -2076,7 +3118,7 @@ class Claude(JsonLines):
         """Variables, for a process or for a turn. Thinking could take all of the tokens, before any answer."""
         if not request.max_tokens:
             return {}
-        thinks = not request.isolated or request.effort or request.thinking_tokens
+        thinks = not request.isolated or request.effort not in ("", "none") or request.thinking_tokens
         return {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(request.max_tokens),
                 **({} if thinks else {"CLAUDE_CODE_DISABLE_THINKING": "1"})}
 
@@ -2098,10 +3140,12 @@ class Claude(JsonLines):
             mouth.say(control("apply_flag_settings", settings={}))
 
     def ask(self, request: Settled, mouth: Mouth) -> None:
-        self.grants = grants_leave(request)
+        self.grants, self.has_schema = grants_leave(request), request.schema is not None
         first: Json = {}
         if request.isolated or request.system_prompt:
             first["systemPrompt" if request.isolated else "appendSystemPrompt"] = request.system_prompt
+        if request.schema is not None:
+            first["jsonSchema"] = request.schema
         if request.keeps:  # else 2.1.331 takes system prompt and tools from the first turn, whatever a later one says
             first["systemPromptSnapshot"] = False
         if self.started_ahead and request.model:
@@ -2111,12 +3155,15 @@ class Claude(JsonLines):
         if first:
             mouth.say(control("initialize", **first))
         settings: Json = {"env": self.limits(request)} if self.started_ahead and request.max_tokens else {}
-        if request.effort in self.EFFORTS:
+        if self.EFFORTS.get(request.effort):
             settings["effortLevel"] = self.EFFORTS[request.effort]
         if settings:
             mouth.say(control("apply_flag_settings", settings=settings))
-        if request.thinking_tokens is not None:
-            mouth.say(control("set_max_thinking_tokens", max_thinking_tokens=request.thinking_tokens))
+        thinking = request.thinking_tokens
+        if thinking is None:
+            thinking = self.THINKING.get(request.effort)
+        if thinking is not None:
+            mouth.say(control("set_max_thinking_tokens", max_thinking_tokens=thinking))
         self.say_prompt(request, mouth)
 
     def ask_on(self, request: Settled, mouth: Mouth) -> None:
@@ -2129,13 +3176,14 @@ class Claude(JsonLines):
     def say_prompt(self, request: Settled, mouth: Mouth) -> None:
         """Only the last block is looked at for a slash command, and an empty one is not sent on: so `/cost`, too, is a
         prompt, to the letter."""
-        blocks = [{"type": "text", "text": request.prompt}, {"type": "text", "text": ""}]
+        blocks = [*map(claude_block, request.parts), {"type": "text", "text": ""}]
         mouth.say({"type": "user", "message": {"role": "user", "content": blocks}})
 
     def repeats(self, head: bytes) -> bool:
         """The whole message that has just been streamed, and the result (2.1.331 names its type at the end only)."""
         whole = b'"type":"assistant"' in head and self.message_id.encode() in head and b'[{"type":"text"' in head
-        return bool(self.spoken.sent) and (whole or head.startswith((b'{"type":"result"', b'{"duration_api_ms"')))
+        result = not self.has_schema and head.startswith((b'{"type":"result"', b'{"duration_api_ms"'))
+        return bool(self.spoken.sent) and (whole or result)
 
     def is_decisive(self, message: Json) -> bool:
         return message.get("type") == "result"
@@ -2196,6 +3244,8 @@ class Claude(JsonLines):
         for block in whole["content"]:
             if block["type"] == "tool_use":
                 self.tools[block["id"]] = block["name"]
+                if block["name"] == self.SCHEMA_TOOL:  # the answer
+                    continue
                 yield ToolUse(block["id"], block["name"], block["input"])
             elif block["type"] == "text" and not message.get("parent_tool_use_id"):
                 yield from self.whole_text(block["text"], whole["id"])
@@ -2212,8 +3262,8 @@ class Claude(JsonLines):
 
     def parse_tool_results(self, content: Any) -> Iterator[Event]:
         for block in content if isinstance(content, list) else []:
-            if block["type"] == "tool_result":
-                name = self.tools.get(block["tool_use_id"], "")
+            name = self.tools.get(block.get("tool_use_id"), "")
+            if block["type"] == "tool_result" and name != self.SCHEMA_TOOL:
                 yield ToolResult(block["tool_use_id"], name, plain(block.get("content")), bool(block.get("is_error")))
 
     def parse_system(self, message: Json) -> Iterator[Event]:
@@ -2234,6 +3284,8 @@ class Claude(JsonLines):
         own, self.before = own_result(message, self.before), message
         yield from usage_of(claude_usage, own)
         self.spoken = Spoken()
+        if "structured_output" in message:
+            yield Message(json.dumps(message["structured_output"], ensure_ascii=False), opens=True)
         broken = message.get("stop_reason") is None and not claude_models(own) and message.get("num_turns")
         failed = bool(message.get("is_error"))
         if failed:
@@ -2280,6 +3332,13 @@ class Claude(JsonLines):
 def control(subtype: str, **fields: Any) -> Json:
     """A control request of claude's stream-json."""
     return {"type": "control_request", "request_id": f"clinvk-{subtype}", "request": {"subtype": subtype, **fields}}
+
+
+def claude_block(part: Union[str, Image]) -> Json:
+    """A part of a prompt, as Anthropic's API has it."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "image", "source": {"type": "base64", "media_type": part.media_type, "data": part.data}}
 
 
 def option(flag: str, value: Any) -> List[str]:
@@ -2429,6 +3488,7 @@ class Codex(JsonRpc):
     noise = r"WARNING: proceeding|could not (create|update) PATH|Reading prompt from stdin|could not find bubblewrap"
     stores_at_exit = True
     can_wait = True
+    shows_images = True
     LOGIN_AND_SETTINGS = ("auth.json", "config.toml")
     MEMORY = ("AGENTS.md",)
     IN_WORKDIR = ("AGENTS.md", ".codex/config.toml")
@@ -2475,6 +3535,10 @@ class Codex(JsonRpc):
         if len(request.prompt) > self.LONGEST:
             return f"has {len(request.prompt)} characters; codex takes {self.LONGEST} at most"
         return super().refuses(request)
+
+    def schema_for(self, schema: Json) -> Optional[Json]:
+        """codex asks for OpenAI's strict mode, which refuses any other one."""
+        return schema if is_strict(schema) else None
 
     def ignored(self, request: Settled) -> List[str]:
         """A thread keeps the instructions that it began with."""
@@ -2605,9 +3669,11 @@ class Codex(JsonRpc):
         self.start_turn(request, mouth, self.next_turn_started)
 
     def start_turn(self, request: Settled, mouth: Mouth, then: Callable[[Json, Mouth], Iterator[Event]]) -> None:
-        turn: Json = {"threadId": self.thread_id, "input": [{"type": "text", "text": request.prompt}]}
+        turn: Json = {"threadId": self.thread_id, "input": [*map(codex_input, request.parts)]}
         if request.effort in self.EFFORTS:
             turn["effort"] = request.effort
+        if request.schema is not None:
+            turn["outputSchema"] = request.schema
         self.call(mouth, "turn/start", turn, then)
 
     def turn_started(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
@@ -2724,6 +3790,13 @@ CODEX_TOOLS: Dict[str, Tuple[str, ...]] = {
     "dynamicToolCall": ("tool", "arguments"), "webSearch": ("query",)}
 
 
+def codex_input(part: Union[str, Image]) -> Json:
+    """A part of a prompt."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "image", "url": f"data:{part.media_type};base64,{part.data}"}
+
+
 def codex_tool_name(item: Json) -> str:
     return str(item.get("tool") or {"commandExecution": "shell"}.get(item["type"], item["type"]))
 
@@ -2784,6 +3857,7 @@ class Gemini(JsonRpc):
     ALIASES = frozenset({"auto", "pro", "flash", "flash-lite"})
     REPLAY_SILENCE = 3.0  # seconds
     can_wait = True
+    shows_images = True
     LOGIN_AND_SETTINGS = tuple(f".gemini/{name}" for name in ("oauth_creds.json", "google_accounts.json",
                                                               "gemini-credentials.json", ".env")) + (".env",)
     MEMORY = (".gemini/GEMINI.md", ".gemini/settings.json")
@@ -2821,7 +3895,8 @@ class Gemini(JsonRpc):
         self.tools: Dict[str, str] = {}  # id -> name
 
     def refuses(self, request: Settled) -> str:
-        found = self.COMMANDS.match(self.whole_prompt(request))
+        first = next(iter(self.whole_prompt(request)), "")
+        found = self.COMMANDS.match(first) if isinstance(first, str) else None
         if found:
             return f"begins with /{found.group(1)}, which gemini takes for a command of its own; put a word before it"
         return super().refuses(request)
@@ -2832,12 +3907,12 @@ class Gemini(JsonRpc):
         return [*super().ignored(request), *(["max_tokens"] if unmatched else []),
                 *(["system_prompt"] if given else [])]
 
-    def whole_prompt(self, request: Settled) -> str:
+    def whole_prompt(self, request: Settled) -> Parts:
         """In the agent way there is no place for a system prompt but the prompt, of the first turn."""
         said_before = request.resume and request.same_system_prompt and not self.anew
         if request.isolated or not request.system_prompt or said_before:
-            return request.prompt
-        return f"{request.system_prompt}\n\n{request.prompt}"
+            return request.parts
+        return prompt_of([f"{request.system_prompt}\n\n", *request.parts]).parts
 
     def command(self, request: Settled) -> Command:
         users = read_json_with_comments(self.user_home / ".gemini" / "settings.json")
@@ -2999,8 +4074,8 @@ class Gemini(JsonRpc):
         if self.request.isolated and model != self.started_with:  # a CLI that had waited; the name alone takes no time
             self.call(mouth, "session/set_model", {"sessionId": self.session, "modelId": model}, self.nothing)
             self.started_with = model
-        text = {"type": "text", "text": self.whole_prompt(self.request)}
-        self.call(mouth, "session/prompt", {"sessionId": self.session, "prompt": [text]}, self.turn_ended)
+        parts = [*map(gemini_part, self.whole_prompt(self.request))]
+        self.call(mouth, "session/prompt", {"sessionId": self.session, "prompt": parts}, self.turn_ended)
 
     def notified(self, method: str, params: Json, mouth: Mouth) -> Iterator[Event]:
         self.silent_ticks = 0
@@ -3246,6 +4321,13 @@ def with_paired_tools(messages: List[Json]) -> List[Json]:
         if not answered and (left or parts_of(message) or not message.get("toolCalls")):
             paired.append({**message, "toolCalls": left})
     return paired
+
+
+def gemini_part(part: Union[str, Image]) -> Json:
+    """A part of a prompt, as the Agent Client Protocol has it."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "image", "mimeType": part.media_type, "data": part.data}
 
 
 def gemini_usage(counts: Json) -> Optional[Usage]:
@@ -3961,7 +5043,7 @@ class Spare:
         self.backend.accepted = False
         if self.start == "live":
             assert request.conversation
-            self.backend.ask_on(dataclasses.replace(request, prompt=request.conversation.turn), self.child)
+            self.backend.ask_on(request.with_prompt(request.conversation.turn), self.child)
         else:
             self.backend.ask(request, self.child)
 
@@ -4003,24 +5085,21 @@ def started(request: Settled, backend: Backend, children: Children, stop: Stop) 
 
 def without_prompt(request: Settled) -> Settled:
     """What is remembered of a request: a prompt may have megabytes."""
-    return dataclasses.replace(request, prompt="", conversation=None)
+    return dataclasses.replace(request.with_prompt(Prompt("")), conversation=None, turns=())
 
 
 class Heard:
     """What of an answer decides whether its CLI can go on with the conversation."""
 
     def __init__(self) -> None:
-        self.text = hashlib.sha256()  # as a client gets it
-        self.characters, self.spoken = 0, False
+        self.text, self.joined = hashlib.sha256(), Joined()  # as a client gets it
         self.tokens = 0  # of the conversation, as the provider counts them
         self.used_tools = False
         self.done = Done(-1)
 
     def add(self, event: Event) -> None:
         if isinstance(event, Message):
-            text = PARAGRAPH + event.text if event.opens and self.spoken else event.text
-            self.characters, self.spoken = self.characters + len(text), True
-            self.text.update(utf8(text))
+            self.text.update(utf8(self.joined.add(event)))
         elif isinstance(event, TokenUsage):
             self.tokens = event.usage.all_input + event.usage.output_tokens
         elif isinstance(event, ToolUse):
@@ -4088,7 +5167,7 @@ class Spares:
             return None
         for spare in self.live:
             fits = spare.key == talk.key_before and spare.request.standing == request.standing
-            refused = spare.backend.refuses(dataclasses.replace(request, prompt=talk.turn)) if fits else ""
+            refused = spare.backend.refuses(request.with_prompt(talk.turn)) if fits else ""
             if fits and not refused and spare.is_current() and not spare.goes_on_by_itself():
                 self.live.remove(spare)
                 return spare
@@ -4131,7 +5210,7 @@ class Spares:
 
     def can_go_on(self, spare: Spare, request: Settled, heard: Heard) -> bool:
         """Whether the conversation is whole, not too long, and the CLI as one that is started for its next turn."""
-        size = max(heard.tokens, estimate(heard.characters + len(request.prompt) + len(request.system_prompt)))
+        size = max(heard.tokens, estimate(heard.joined.characters + len(request.prompt) + len(request.system_prompt)))
         able = spare.backend.can_wait and spare.backend.lasts(request) and spare.is_current()
         left_running = heard.used_tools and spare.processes() - spare.family
         return able and heard.is_whole and size < self.CONTEXT_TOKENS and not left_running
@@ -5099,10 +6178,10 @@ class TaskStop(Stop):
 
 
 StartTask = Callable[[int, TaskStop], Events]
+Tolds = Generator[Told, None, None]  # closing it ends the runs
 
 
-def fan_out(count: int, start: StartTask, whole: Stop, *, workers: int,
-            fail_fast: bool) -> Generator[Told, None, None]:
+def fan_out(count: int, start: StartTask, whole: Stop, *, workers: int, fail_fast: bool) -> Tolds:
     """Run `count` tasks, in order, at most `workers` at once; yields what they tell, as it happens, one Done for each.
 
     With `fail_fast` a failure ends the tasks that run, and those that wait are not started: both fail as "canceled".
@@ -5164,7 +6243,7 @@ def one_task(task: int, start: StartTask, stop: TaskStop) -> Events:
         yield Done(-1)
 
 
-def in_turn(count: int, start: StartTask, whole: Stop, *, stop_on_failure: bool) -> Generator[Told, None, None]:
+def in_turn(count: int, start: StartTask, whole: Stop, *, stop_on_failure: bool) -> Tolds:
     """Run `count` steps one after the other; with `stop_on_failure` those after a failed one are not run."""
     never = threading.Event()
     try:
@@ -5461,6 +6540,7 @@ class ChatDelta(TypedDict, total=False):
     """What this chunk adds to the answer."""
     role: Literal["assistant"]
     content: str
+    refusal: str
     reasoning_content: str
 
 
@@ -5480,6 +6560,201 @@ class ChatCompletionChunkBase(ChatCompletionBase):
 class ChatCompletionChunk(ChatCompletionChunkBase, total=False):
     """The data of one event. `data: [DONE]` is the last; a line that begins with a colon only keeps the connection."""
     usage: Annotated[Optional[OpenAIUsage], "with stream_options.include_usage: in the last chunk, that has no choices"]
+
+
+class CompletionChoice(TypedDict):
+    """One answer, or a piece of it."""
+    index: int
+    text: str
+    finish_reason: Optional[Literal["stop", "length"]]
+    logprobs: None
+
+
+class TextCompletionBase(ChatCompletionBase):
+    object: Literal["text_completion"]
+    choices: List[CompletionChoice]
+
+
+class TextCompletion(TextCompletionBase, total=False):
+    """A completion, or a piece of one."""
+    usage: Annotated[Optional[OpenAIUsage], "of a stream: with stream_options.include_usage, in the last chunk"]
+
+
+class ResponseUsage(TypedDict):
+    """Tokens, as the CLI counts them; else an estimate of 4 characters a token."""
+    input_tokens: int
+    input_tokens_details: CachedTokens
+    output_tokens: int
+    output_tokens_details: ReasoningTokens
+    total_tokens: int
+
+
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class OutputText(TypedDict):
+    """What the CLI answered."""
+    type: Literal["output_text"]
+    text: str
+    annotations: List[Any]
+    logprobs: List[Any]
+
+
+class OutputRefusal(TypedDict):
+    """Why it did not."""
+    type: Literal["refusal"]
+    refusal: str
+
+
+class OutputMessage(TypedDict):
+    """A message of the assistant's."""
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    status: ItemStatus
+    content: List[Union[OutputText, OutputRefusal]]
+
+
+class SummaryText(TypedDict):
+    """What the CLI thought."""
+    type: Literal["summary_text"]
+    text: str
+
+
+class OutputReasoning(TypedDict):
+    """What the CLI thought."""
+    id: str
+    type: Literal["reasoning"]
+    status: ItemStatus
+    summary: List[SummaryText]
+
+
+class ResponseError(TypedDict):
+    """Why the answer failed."""
+    type: str
+    code: str
+    message: Annotated[str, "what was wrong, and what to do"]
+
+
+class IncompleteDetails(TypedDict):
+    """Why the answer is not whole."""
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseBase(TypedDict):
+    id: str
+    object: Literal["response"]
+    created_at: Annotated[int, "seconds since 1970"]
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    model: Annotated[str, "as the request names it"]
+    output: List[Union[OutputMessage, OutputReasoning]]
+    error: Optional[ResponseError]
+    incomplete_details: Optional[IncompleteDetails]
+    usage: Optional[ResponseUsage]
+    background: Literal[False]
+    instructions: Optional[str]
+    max_output_tokens: Optional[int]
+    metadata: Any
+    parallel_tool_calls: bool
+    previous_response_id: None
+    reasoning: Dict[str, Any]
+    store: Literal[False]
+    temperature: None
+    text: Dict[str, Any]
+    tool_choice: Literal["auto", "none"]
+    tools: List[Any]
+    top_p: None
+    truncation: Literal["disabled"]
+
+
+class Response(ResponseBase, total=False):
+    """A response; clinvk stores none."""
+    completed_at: Annotated[int, "seconds since 1970"]
+
+
+class ResponseEventBase(TypedDict):
+    sequence_number: Annotated[int, "from 0, without gaps"]
+
+
+class ResponseState(ResponseEventBase):
+    """The response so far. It comes first, in silence, and last, with its end."""
+    type: Literal["response.created", "response.in_progress", "response.completed", "response.incomplete",
+                  "response.failed"]
+    response: Response
+
+
+class OutputItemEvent(ResponseEventBase):
+    """An item begins, or is complete."""
+    type: Literal["response.output_item.added", "response.output_item.done"]
+    output_index: int
+    item: Union[OutputMessage, OutputReasoning]
+
+
+class InItem(ResponseEventBase):
+    item_id: str
+    output_index: int
+
+
+class ContentPartEvent(InItem):
+    """The part of a message begins, or is complete."""
+    type: Literal["response.content_part.added", "response.content_part.done"]
+    content_index: int
+    part: Union[OutputText, OutputRefusal]
+
+
+class SummaryPartEvent(InItem):
+    """The part of what was thought begins, or is complete."""
+    type: Literal["response.reasoning_summary_part.added", "response.reasoning_summary_part.done"]
+    summary_index: int
+    part: SummaryText
+
+
+class OutputTextDelta(InItem):
+    """A piece of the answer."""
+    type: Literal["response.output_text.delta"]
+    content_index: int
+    delta: str
+    logprobs: List[Any]
+
+
+class OutputTextDone(InItem):
+    """The answer."""
+    type: Literal["response.output_text.done"]
+    content_index: int
+    text: str
+    logprobs: List[Any]
+
+
+class RefusalDelta(InItem):
+    """A piece of why there is no answer."""
+    type: Literal["response.refusal.delta"]
+    content_index: int
+    delta: str
+
+
+class RefusalDone(InItem):
+    """Why there is no answer."""
+    type: Literal["response.refusal.done"]
+    content_index: int
+    refusal: str
+
+
+class SummaryTextDelta(InItem):
+    """A piece of what the CLI thinks."""
+    type: Literal["response.reasoning_summary_text.delta"]
+    summary_index: int
+    delta: str
+
+
+class SummaryTextDone(InItem):
+    """What it thought."""
+    type: Literal["response.reasoning_summary_text.done"]
+    summary_index: int
+    text: str
+
+
+ResponseEvent = Union[ResponseState, OutputItemEvent, ContentPartEvent, SummaryPartEvent, OutputTextDelta,
+                      OutputTextDone, RefusalDelta, RefusalDone, SummaryTextDelta, SummaryTextDone]
 
 
 class OpenAIErrorBody(TypedDict):
@@ -5533,7 +6808,7 @@ class ThinkingAnswer(TypedDict):
     signature: str
 
 
-StopReason = Literal["end_turn", "stop_sequence", "max_tokens", "tool_use"]
+StopReason = Literal["end_turn", "stop_sequence", "max_tokens", "tool_use", "refusal"]
 
 
 class StopAnswer(TypedDict):
@@ -5669,24 +6944,25 @@ def marker() -> str:
     return f"text-{uuid.uuid4().hex}"
 
 
-def length(pieces: Iterable[str]) -> int:
-    return sum(map(len, pieces))
-
-
 @dataclass(frozen=True)
 class Asked:
-    """What a renderer must know of the request: the model's name for the answer, the prompt's length ..."""
+    """What a renderer must know of the request: the model's name for the answer, the prompts' length ..."""
     model: str = ""
     characters: int = 0
     include_usage: bool = False
     request_id: str = ""
+    answers: int = 1  # how many runs it asks for
+    echoes: Sequence[str] = ()  # what each answer begins with
+    echoed: Json = dataclasses.field(default_factory=dict)  # fields that the answer repeats
+    final_code: str = ""  # what its client does not take for a failure that may pass, if x-should-retry is none of that
 
 
 class Renderer:
     """One API's way to write answers. An instance serves one request.
 
-    `stream` is given events that begin with the answer's first and end with Done; a Failure in them becomes the
-    API's own kind of error in the stream. Both must leave `events` to their caller to close."""
+    Both `whole` and `stream` are given what several runs say, if the API has that, else what one says. The events of
+    `stream` end with a Done for each run; a Failure in them becomes the API's own kind of error in the stream. It must
+    leave `told` to its caller to close."""
     name: ClassVar[str]  # of the API
     stream_type = "text/event-stream"
     error_type = JSON_TYPE
@@ -5695,10 +6971,10 @@ class Renderer:
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
 
-    def whole(self, result: Result) -> List[bytes]:
+    def whole(self, results: Sequence[Result]) -> List[bytes]:
         raise NotImplementedError
 
-    def stream(self, events: Iterator[Event]) -> Iterator[bytes]:
+    def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
         raise NotImplementedError
 
     @classmethod
@@ -5721,9 +6997,17 @@ class Renderer:
             headers["WWW-Authenticate"] = "Bearer"
         return headers
 
-    def usage(self, result: Result) -> Usage:
+    def usage(self, results: Sequence[Result]) -> Usage:
         """The CLI's counts, else an estimate."""
-        return result.usage or Usage(estimate(self.asked.characters), estimate(length(result.said)))
+        return total(result.usage or self.estimated(length(result.said)) for result in results)
+
+    def estimated(self, characters: int) -> Usage:
+        """Of an answer of that length."""
+        return Usage(max(1, estimate(self.asked.characters)), estimate(characters))
+
+
+def total(usages: Iterable[Usage]) -> Usage:
+    return functools.reduce(operator.add, usages)
 
 
 # ---- /api/v1
@@ -5739,8 +7023,8 @@ class Native(Renderer):
         super().__init__(asked)
         self.backend, self.ignored, self.session_id = backend, ignored, session_id
 
-    def whole(self, result: Result) -> List[bytes]:
-        text = marker()
+    def whole(self, results: Sequence[Result]) -> List[bytes]:
+        text, (result,) = marker(), results
         return spliced(self.answer(result, text), {text: result.final})
 
     def answer(self, result: Result, output: str) -> Json:
@@ -5753,9 +7037,9 @@ class Native(Renderer):
                         "error": result.failure and result.failure.error.whole, "ignored": list(self.ignored)}
         return {name: value for name, value in answer.items() if value not in (None, "", [])}
 
-    def stream(self, events: Iterator[Event]) -> Iterator[bytes]:
+    def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
         result = Result()
-        for sequence, event in enumerate(events, 1):
+        for sequence, (_, event) in enumerate(told, 1):
             result.add(event)
             yield from self.line(event, result, sequence=sequence)
             if isinstance(event, Done):
@@ -5845,54 +7129,74 @@ def done_content(result: Result, text: str) -> DoneContent:
 # ---- OpenAI
 
 class OpenAI(Renderer):
-    """SPEC 2.4: chat completions."""
+    """SPEC 2.4: chat completions. Each run is one of the choices."""
     name, error_answer = "OpenAI", OpenAIError
+    ID, WHOLE, PIECE = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
-        self.base: Json = {"id": "chatcmpl-" + uuid.uuid4().hex, "created": int(time.time()), "model": asked.model,
+        self.base: Json = {"id": self.ID + uuid.uuid4().hex, "created": int(time.time()), "model": asked.model,
                            "system_fingerprint": f"clinvk-{__version__}"}
 
-    def whole(self, result: Result) -> List[bytes]:
+    def whole(self, results: Sequence[Result]) -> List[bytes]:
+        texts: Dict[str, List[str]] = {}
+        choices = [{"index": index, **self.choice(index, result, texts), "logprobs": None,
+                    "finish_reason": FINISH_REASONS[result.done.stop]} for index, result in enumerate(results)]
+        usage = openai_usage(self.usage(results))
+        return spliced({**self.base, "object": self.WHOLE, "choices": choices, "usage": usage}, texts)
+
+    def choice(self, index: int, result: Result, texts: Dict[str, List[str]]) -> Json:
+        """What was answered; its long texts go to `texts`, under their markers."""
         text, thought = marker(), marker()
-        texts = {text: result.said}
-        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        message: Json = {"role": "assistant", "content": None, "refusal": result.refusal}
+        if result.refusal is None:
+            message["content"], texts[text] = text, result.said
         if result.thoughts:
             message["reasoning_content"], texts[thought] = thought, result.thoughts
-        choice = {"index": 0, "message": message, "finish_reason": FINISH_REASONS[result.done.stop], "logprobs": None}
-        usage = openai_usage(self.usage(result))
-        return spliced({**self.base, "object": "chat.completion", "choices": [choice], "usage": usage}, texts)
+        return {"message": message}
 
-    def stream(self, events: Iterator[Event]) -> Iterator[bytes]:
-        counted, characters = Usage(), 0
-        known = spoken = False
-        yield self.chunk({"role": "assistant", "content": ""})
-        for event in events:
+    def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
+        voices = [Voice() for _ in range(self.asked.answers)]
+        for index in range(len(voices)):
+            yield from self.begins(index)
+        for index, event in told:
             if isinstance(event, Message):
-                text = PARAGRAPH + event.text if event.opens and spoken else event.text
-                characters, spoken = characters + len(text), True
-                yield self.chunk({"content": text})
-            elif isinstance(event, Thinking):
-                yield self.chunk({"reasoning_content": event.text})
+                yield self.says(index, voices[index].add(event))
+            elif isinstance(event, (Thinking, Refusal)):
+                yield from self.says_besides(index, event)
             elif isinstance(event, TokenUsage):
-                counted, known = event.usage, True
+                voices[index].usage = event.usage
             elif isinstance(event, Progress):
                 yield b": keepalive\n\n"
             elif isinstance(event, Failure):
                 yield server_sent(self.error(event.error, self.asked.request_id))
                 return
             elif isinstance(event, Done):
-                yield self.chunk({}, FINISH_REASONS[event.stop])
-                break
+                yield self.chunk(index, self.NOTHING, FINISH_REASONS[event.stop])
+                voices[index].done = True
+                if all(voice.done for voice in voices):
+                    break
         if self.asked.include_usage:
-            usage = counted if known else Usage(estimate(self.asked.characters), estimate(characters))
-            yield server_sent({**self.base, "object": "chat.completion.chunk", "choices": [],
-                               "usage": openai_usage(usage)})
+            usage = total(voice.usage or self.estimated(voice.characters) for voice in voices)
+            yield server_sent({**self.base, "object": self.PIECE, "choices": [], "usage": openai_usage(usage)})
         yield b"data: [DONE]\n\n"
 
-    def chunk(self, delta: Json, finish_reason: Optional[str] = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        chunk = {**self.base, "object": "chat.completion.chunk", "choices": [choice]}
+    NOTHING: ClassVar[Json] = {"delta": {}}
+
+    def begins(self, index: int) -> Iterator[bytes]:
+        yield self.chunk(index, {"delta": {"role": "assistant", "content": ""}})
+
+    def says(self, index: int, text: str) -> bytes:
+        return self.chunk(index, {"delta": {"content": text}})
+
+    def says_besides(self, index: int, event: Union[Thinking, Refusal]) -> Iterator[bytes]:
+        """What is not the answer's text."""
+        name = "reasoning_content" if isinstance(event, Thinking) else "refusal"
+        yield self.chunk(index, {"delta": {name: event.text}})
+
+    def chunk(self, index: int, added: Json, finish_reason: Optional[str] = None) -> bytes:
+        choice = {"index": index, **added, "finish_reason": finish_reason, "logprobs": None}
+        chunk = {**self.base, "object": self.PIECE, "choices": [choice]}
         if self.asked.include_usage:
             chunk["usage"] = None
         return server_sent(chunk)
@@ -5907,10 +7211,45 @@ class OpenAI(Renderer):
 FINISH_REASONS = {"end": "stop", "length": "length", "sequence": "stop"}
 
 
+class Voice(Joined):
+    """One of the runs that a stream tells of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.usage: Optional[Usage] = None
+        self.done = False
+
+
+class Completions(OpenAI):
+    """Completions of texts, which have no place for thinking."""
+    ID, WHOLE, PIECE = "cmpl-", "text_completion", "text_completion"
+    NOTHING: ClassVar[Json] = {"text": ""}
+
+    def choice(self, index: int, result: Result, texts: Dict[str, List[str]]) -> Json:
+        text = marker()
+        texts[text] = [*self.asked.echoes[index:index + 1], *result.said]
+        return {"text": text}
+
+    def begins(self, index: int) -> Iterator[bytes]:
+        for echo in self.asked.echoes[index:index + 1]:
+            yield self.says(index, echo)
+
+    def says(self, index: int, text: str) -> bytes:
+        return self.chunk(index, {"text": text})
+
+    def says_besides(self, index: int, event: Union[Thinking, Refusal]) -> Iterator[bytes]:
+        return iter(())
+
+
 def server_sent(value: Any, event: str = "") -> bytes:
     """One event of a text/event-stream."""
+    return b"".join(long_sent(value, {}, event))
+
+
+def long_sent(value: Any, texts: Mapping[str, List[str]], event: str = "") -> List[bytes]:
+    """The same, with long texts in place of their markers."""
     head = f"event: {event}\n".encode() if event else b""
-    return head + b"data: " + to_json(value) + b"\n\n"
+    return [head + b"data: ", *spliced(value, texts), b"\n\n"]
 
 
 def openai_usage(usage: Usage) -> OpenAIUsage:
@@ -5918,6 +7257,168 @@ def openai_usage(usage: Usage) -> OpenAIUsage:
             "total_tokens": usage.all_input + usage.output_tokens,
             "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
             "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}
+
+
+# ---- OpenAI's responses
+
+class OutputKind(NamedTuple):
+    """How a kind of output is written: an item that has one part, and the events that fill this."""
+    prefix: str  # of its id
+    item: Json
+    parts: str  # the field with its parts
+    part: Json
+    text: str  # the part's field with its text
+    events: str  # of its text
+    part_events: str
+    place: str  # the field that says which part of the item it is
+    more: Json  # what these events of its text have besides
+
+    def part_with(self, text: str) -> Json:
+        return {**self.part, self.text: text}
+
+
+ASSISTANT: Json = {"type": "message", "role": "assistant"}
+OUTPUT_KINDS = {
+    "message": OutputKind("msg_", ASSISTANT, "content", {"type": "output_text", "annotations": [], "logprobs": []},
+                          "text", "output_text", "content_part", "content_index", {"logprobs": []}),
+    "refusal": OutputKind("msg_", ASSISTANT, "content", {"type": "refusal"}, "refusal", "refusal", "content_part",
+                          "content_index", {}),
+    "reasoning": OutputKind("rs_", {"type": "reasoning"}, "summary", {"type": "summary_text"}, "text",
+                            "reasoning_summary_text", "reasoning_summary_part", "summary_index", {})}
+# What every response says of itself; clinvk stores none, and offers no tools.
+RESPONSE: Json = {
+    "background": False, "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
+    "previous_response_id": None, "reasoning": {"effort": None, "summary": None}, "store": False, "temperature": None,
+    "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None, "truncation": "disabled"}
+
+
+class Output:
+    """One item of a response's output."""
+
+    def __init__(self, kind: str, pieces: List[str]) -> None:
+        self.kind, self.how, self.pieces = kind, OUTPUT_KINDS[kind], pieces
+        self.id = self.how.prefix + uuid.uuid4().hex
+
+    def item(self, status: str, parts: List[Json]) -> Json:
+        return {"id": self.id, **self.how.item, "status": status, self.how.parts: parts}
+
+    def whole(self, status: str, texts: Dict[str, List[str]]) -> Json:
+        """With its text, in `texts`."""
+        return self.item(status, [self.how.part_with(self.text(texts))])
+
+    def text(self, texts: Dict[str, List[str]]) -> str:
+        """The marker in `texts` of its text."""
+        stand_in = marker()
+        texts[stand_in] = list(self.pieces)
+        return stand_in
+
+
+class Responses(OpenAI):
+    """SPEC 2.7: a response, of one run."""
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked)
+        self.base = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()),
+                     "model": asked.model, **RESPONSE, **asked.echoed}
+        self.sequence = itertools.count()
+        self.output: List[Output] = []
+        self.texts: Dict[str, List[str]] = {}  # those of the next event, by their markers
+
+    def whole(self, results: Sequence[Result]) -> List[bytes]:
+        result, = results
+        if result.thoughts:
+            self.output.append(Output("reasoning", result.thoughts))
+        refused = result.refusal is not None
+        self.output.append(Output("refusal", [result.refusal or ""]) if refused else Output("message", result.said))
+        return spliced(self.ended(result.done, self.usage(results)), self.texts)
+
+    def ended(self, done: Done, usage: Usage) -> Json:
+        status = "incomplete" if done.stop == "length" else "completed"
+        reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        return self.response(status, [item.whole(status, self.texts) for item in self.output],
+                             usage=response_usage(usage), incomplete_details=reason, completed_at=int(time.time()))
+
+    def response(self, status: str, output: Sequence[Json] = (), **more: Any) -> Json:
+        return {**self.base, "status": status, "error": None, "incomplete_details": None, "usage": None,
+                "output": output, **more}
+
+    def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
+        voice = Voice()
+        yield from self.event("response.created", response=self.response("in_progress"))
+        yield from self.event("response.in_progress", response=self.response("in_progress"))
+        for _, event in told:
+            if isinstance(event, Message):
+                yield from self.adds("message", voice.add(event))
+            elif isinstance(event, Thinking):
+                yield from self.adds("reasoning", event.text)
+            elif isinstance(event, Refusal):
+                yield from self.adds("refusal", event.text)
+            elif isinstance(event, TokenUsage):
+                voice.usage = event.usage
+            elif isinstance(event, Progress):  # codex counts no comments
+                yield from self.event("response.in_progress", response=self.response("in_progress"))
+            elif isinstance(event, Failure):
+                yield from self.event("response.failed", response=self.failed(event.error))
+                return
+            elif isinstance(event, Done):
+                yield from self.finishes(event, voice.usage or self.estimated(voice.characters))
+                return
+
+    def event(self, kind: str, **fields: Any) -> List[bytes]:
+        """One event, with its `texts`."""
+        texts, self.texts = self.texts, {}
+        return long_sent({"type": kind, "sequence_number": next(self.sequence), **fields}, texts, kind)
+
+    def adds(self, kind: str, text: str) -> Iterator[bytes]:
+        """More text of the item that is open, or of a new one."""
+        if not self.output or self.output[-1].kind != kind:
+            yield from self.closes("completed")
+            yield from self.opens(Output(kind, []))
+        item = self.output[-1]
+        item.pieces.append(text)
+        yield from self.event(f"response.{item.how.events}.delta", **self.place(), delta=text, **item.how.more)
+
+    def place(self) -> Json:
+        """Where the one part of the open item is."""
+        return {"item_id": self.output[-1].id, "output_index": len(self.output) - 1, self.output[-1].how.place: 0}
+
+    def opens(self, item: Output) -> Iterator[bytes]:
+        self.output.append(item)
+        yield from self.event("response.output_item.added", output_index=len(self.output) - 1,
+                              item=item.item("in_progress", []))
+        yield from self.event(f"response.{item.how.part_events}.added", **self.place(), part=item.how.part_with(""))
+
+    def closes(self, status: str) -> Iterator[bytes]:
+        """Tell the open item as a whole, if there is one."""
+        if not self.output:
+            return
+        item = self.output[-1]
+        yield from self.event(f"response.{item.how.events}.done", **self.place(), **item.how.more,
+                              **{item.how.text: item.text(self.texts)})
+        yield from self.event(f"response.{item.how.part_events}.done", **self.place(),
+                              part=item.how.part_with(item.text(self.texts)))
+        yield from self.event("response.output_item.done", output_index=len(self.output) - 1,
+                              item=item.whole(status, self.texts))
+
+    def finishes(self, done: Done, usage: Usage) -> Iterator[bytes]:
+        """The end of an answer, which has a message in any case."""
+        if not self.output or self.output[-1].kind == "reasoning":
+            yield from self.adds("message", "")
+        yield from self.closes("incomplete" if done.stop == "length" else "completed")
+        response = self.ended(done, usage)
+        yield from self.event(f"response.{response['status']}", response=response)
+
+    def failed(self, error: ClinvkError) -> Json:
+        kind, code = error.openai
+        told = {"type": kind, "code": self.asked.final_code or code or kind, "message": error.whole}
+        return self.response("failed", error=told)
+
+
+def response_usage(usage: Usage) -> ResponseUsage:
+    return {"input_tokens": usage.all_input, "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "output_tokens": usage.output_tokens,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+            "total_tokens": usage.all_input + usage.output_tokens}
 
 
 # ---- Anthropic
@@ -5931,21 +7432,21 @@ class Anthropic(Renderer):
         self.base: Json = {"id": "msg_" + uuid.uuid4().hex, "type": "message", "role": "assistant",
                            "model": asked.model}
 
-    def whole(self, result: Result) -> List[bytes]:
-        text, thought = marker(), marker()
+    def whole(self, results: Sequence[Result]) -> List[bytes]:
+        text, thought, (result,) = marker(), marker(), results
         texts, content = {}, []
         if result.thoughts:
             content.append({"type": "thinking", "thinking": thought, "signature": ""})
             texts[thought] = result.thoughts
         content.append({"type": "text", "text": text})
-        texts[text] = result.said
-        usage = anthropic_usage(self.usage(result))
-        return spliced({**self.base, "content": content, **stop_of(result.done), "usage": usage}, texts)
+        texts[text] = result.said if result.refusal is None else [result.refusal]
+        stop = stop_of(result.done, refused=result.refusal is not None)
+        return spliced({**self.base, "content": content, **stop, "usage": anthropic_usage(self.usage(results))}, texts)
 
-    def stream(self, events: Iterator[Event]) -> Iterator[bytes]:
+    def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
         usage: Optional[Usage] = None
-        blocks, characters, begun = Blocks(), 0, False
-        for event in events:
+        blocks, voice, begun, refused = Blocks(), Voice(), False, False
+        for _, event in told:
             if isinstance(event, TokenUsage):
                 usage = event.usage
                 continue
@@ -5953,9 +7454,10 @@ class Anthropic(Renderer):
                 begun = True
                 yield self.message_start(usage)
             if isinstance(event, Message):
-                text = PARAGRAPH + event.text if event.opens and blocks.spoken else event.text
-                characters += len(text)
-                yield from blocks.say("text", text)
+                yield from blocks.say("text", voice.add(event))
+            elif isinstance(event, Refusal):
+                refused = True
+                yield from blocks.say("text", event.text)
             elif isinstance(event, Thinking):
                 yield from blocks.say("thinking", event.text)
             elif isinstance(event, Progress):
@@ -5965,14 +7467,14 @@ class Anthropic(Renderer):
                 return
             elif isinstance(event, Done):
                 yield from blocks.finish()
-                counts = usage or Usage(estimate(self.asked.characters), estimate(characters))
-                yield server_sent({"type": "message_delta", "delta": stop_of(event), "usage": anthropic_usage(counts)},
+                counts = anthropic_usage(usage or self.estimated(voice.characters))
+                yield server_sent({"type": "message_delta", "delta": stop_of(event, refused=refused), "usage": counts},
                                   "message_delta")
                 yield server_sent({"type": "message_stop"}, "message_stop")
                 return
 
     def message_start(self, usage: Optional[Usage]) -> bytes:
-        counts = usage or Usage(max(1, estimate(self.asked.characters)))
+        counts = usage or self.estimated(0)
         message = {**self.base, "content": [], "stop_reason": None, "stop_sequence": None,
                    "usage": {**anthropic_usage(counts), "output_tokens": 1}}
         return server_sent({"type": "message_start", "message": message}, "message_start") + server_sent(
@@ -6020,8 +7522,8 @@ class Blocks:
 STOP_REASONS: Dict[str, StopReason] = {"end": "end_turn", "length": "max_tokens", "sequence": "stop_sequence"}
 
 
-def stop_of(done: Done) -> StopAnswer:
-    return {"stop_reason": STOP_REASONS[done.stop], "stop_sequence": done.stop_sequence}
+def stop_of(done: Done, *, refused: bool) -> StopAnswer:
+    return {"stop_reason": "refusal" if refused else STOP_REASONS[done.stop], "stop_sequence": done.stop_sequence}
 
 
 def anthropic_usage(usage: Usage) -> AnthropicUsage:
@@ -6079,6 +7581,60 @@ def overlap(stops: Sequence[str], text: str) -> int:
     """How many of the last characters may be the beginning of a stop sequence."""
     longest = min(max(map(len, stops)) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+# ---- Structured output
+
+def fitted(events: Events, schema: Json, again: Optional[Callable[[str, str], Events]]) -> Events:
+    """`events` with an answer that is JSON as `schema` describes it, told at once when it is whole; else a Refusal.
+    What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs."""
+    used: Optional[Usage] = None
+    for last in (again is None, True):
+        result = Result()
+        with contextlib.closing(events):
+            for event in events:
+                result.add(event)
+                if not isinstance(event, (Message, TokenUsage, Done)):
+                    yield event
+        used = used + result.usage if used and result.usage else result.usage or used
+        text, fault = fitting(result.text, schema) if result.done.stop == "end" else (result.text, "")
+        if result.failure or not fault or last:
+            if not result.failure:
+                yield Message(text, opens=True) if not fault else Refusal(refusal_for(text, fault))
+            yield from [TokenUsage(used)] if used else []
+            yield result.done
+            return
+        yield Progress("repairing", "the answer does not fit its JSON Schema, and is asked for once more")
+        assert again
+        events = again("".join(result.said), REPAIR.format(fault, json.dumps(schema, ensure_ascii=False)))
+
+
+AS_JSON = "Answer with JSON and nothing else, without code fences. It must fit this JSON Schema:\n\n{}"
+REPAIR = "Your answer does not fit its JSON Schema ({}). " + AS_JSON
+
+
+def fitting(text: str, schema: Json) -> Tuple[str, str]:
+    """The JSON of an answer, and ""; or the answer as it is, and what is wrong with it."""
+    try:
+        value, json_text = json_in(text)
+    except ValueError as error:
+        return text, f"the answer {error}"
+    wrong = faults(value, schema)
+    return (text, "; ".join(wrong)) if wrong else (json_text, "")
+
+
+def told_schema(request: Settled, schema: Json, backend: Backend) -> Settled:
+    """With the schema as the backend takes it, or in words."""
+    own = backend.schema_for(schema)
+    words = [] if own else [AS_JSON.format(json.dumps(schema, ensure_ascii=False))]
+    system_prompt = PARAGRAPH.join(part for part in (request.system_prompt, *words) if part)
+    return dataclasses.replace(request, schema=own, system_prompt=system_prompt)
+
+
+def refusal_for(text: str, fault: str) -> str:
+    """An answer in words says itself why it is no JSON."""
+    in_words = text.strip() and not text.lstrip().startswith(("{", "[", "```"))
+    return text if in_words else f"The answer does not fit the JSON Schema ({fault}). It was: {text}"
 
 
 # ==== Guards ======================================================================================
@@ -6624,17 +8180,28 @@ class Server:
             if request.keeps and not request.resume:
                 shown = dataclasses.replace(shown, resume=backend.new_conversation(), begins=True)
             return Started(planned(shown, backend), request, ignored)
-        stop.allow(request.timeout_secs)
-        one = Ran(request.backend, request=request)
-        ran.append(one)
+        schema = request.schema
+        if schema is not None:
+            request = told_schema(request, schema, backend)
 
-        def run_of(request: Settled) -> Events:
-            events = run(request, backend, self.spares, self.slots, stop, one, admitted=admitted)
+        def run_of(request: Settled, *, admitted: bool = admitted) -> Events:
+            stop.allow(request.timeout_secs)
+            one = Ran(request.backend, request=request)
+            ran.append(one)
+            events = run(request, self.backend(request.backend), self.spares, self.slots, stop, one, admitted=admitted)
             return observed(cut_at(request.stops, events) if request.stops else events, one, stop,
                             self.metrics.run_ended)
-        if not request.keeps:
-            return Started(run_of(request), request, ignored + (["metadata"] if request.metadata else []))
-        return self.in_session(request, found, run_of, ignored)
+
+        def again(answer: str, text: str) -> Events:
+            return run_of(replied(request, answer, text), admitted=True)
+        if request.keeps:
+            started = self.in_session(request, found, run_of, ignored)
+        else:
+            started = Started(run_of(request), request, ignored + (["metadata"] if request.metadata else []))
+        if schema is None:
+            return started
+        only_once = request.keeps or isinstance(backend, InProcess)
+        return started._replace(events=fitted(started.events, schema, None if only_once else again))
 
     def in_session(self, request: Settled, found: Optional[Session], run_of: Callable[[Settled], Events],
                    ignored: List[str]) -> Started:
@@ -6647,8 +8214,8 @@ class Server:
 
         def run_in(session: Session) -> Events:
             count = session.turn_count
-            talk = Conversation(f"{session.id}:{count}" if found else "", request.prompt, f"{session.id}:{count + 1}",
-                                session.id)
+            talk = Conversation(f"{session.id}:{count}" if found else "", Prompt(request.prompt, request.images),
+                                f"{session.id}:{count + 1}", session.id)
             return run_of(dataclasses.replace(request, resume=session.backend_session_id, conversation=talk,
                                               begins=not session.has_begun))
         events = kept(session, run_in, self.store, is_new=not found, counts_usage=settings.store_token_usage)
@@ -6771,6 +8338,13 @@ def planned(request: Settled, backend: Backend) -> Events:
 # ==== Routes ======================================================================================
 # In: a checked request. Out: an Answer. One function per endpoint (SPEC 2).
 
+class Final(NamedTuple):
+    """How an error looks that a client does not take for a passing one, after which it would ask again."""
+    status: int
+    repeated: FrozenSet[int]  # the statuses after which it would
+    code: str = ""  # "": any
+
+
 class Call(NamedTuple):
     """One HTTP request as an endpoint sees it. `body` and `query` are instances of the route's models."""
     body: Any
@@ -6779,6 +8353,7 @@ class Call(NamedTuple):
     stop: Stop
     ran: List[Ran]  # its runs; those that have not begun, too
     name: str = ""  # the last part of the path, where the route leaves it open
+    final: Optional[Final] = None  # what its client takes for the end of it
 
 
 class Answer:
@@ -6804,6 +8379,7 @@ class Route(NamedTuple):
     function: Callable[[Server, Call], Answer]
     answer: Any  # the shape of its JSON, or the content type of what is none; None: not to be told of
     body: Optional[type] = None  # the model of its request
+    other_body: Optional[Type[Compat]] = None  # that of a request with its prompt's field in place of the other's
     where: str = ""  # what the path of a faulty field begins with
     query: Optional[type] = None  # the model of its query; one that no route asks for means nothing: SDKs add some
     events: Any = None  # the shape of each event, if it can be told to stream
@@ -6852,8 +8428,8 @@ def prompt(server: Server, call: Call) -> Answer:
     asked = Asked(started.request.model, len(started.request.prompt), request_id=call.request_id)
     renderer = Native(asked, started.request.backend, started.ignored, started.session_id)
     if started.request.streams:
-        return streamed(started.events, renderer, {}, until=Event)
-    return collected(started.events, renderer, {})
+        return streamed(alone(started.events), renderer, {}, until=Event)
+    return collected(alone(started.events), renderer, {})
 
 
 @route("POST", "/api/v1/parallel", body=ParallelRequest, where="body", answer=ParallelAnswer, events=EventLine,
@@ -6988,7 +8564,7 @@ def starter(server: Server, call: Call, tasks: Sequence[PromptRequest], places: 
     return lambda index, stop: start_task(server, tasks[index], stop, places[index], call.ran).events
 
 
-def shown_as(told: Generator[Told, None, None], shown: Several, *, stream: bool) -> Answer:
+def shown_as(told: Tolds, shown: Several, *, stream: bool) -> Answer:
     """The answer of a fan-out, as it happens or at its end."""
     if stream:
         first = list(itertools.islice(told, 1))  # by then a run has begun, and the headers can tell how
@@ -7000,15 +8576,31 @@ def shown_as(told: Generator[Told, None, None], shown: Several, *, stream: bool)
 
 CHAT_ERRORS = (Invalid, UnknownModel, NotFound, Conflict, BackendAuth, RateLimited, BackendUnavailable, BackendFailed,
                StoreUnavailable, TimedOut, Canceled)
-CHAT_HEADERS = ("X-Clinvk-Backend", "X-Clinvk-Ignored", "X-Clinvk-Start")
+CHAT_HEADERS = ("X-Clinvk-Backend", "X-Clinvk-Model", "X-Clinvk-Ignored", "X-Clinvk-Start")
 
 
-@route("POST", "/openai/v1/chat/completions", "/v1/chat/completions", body=ChatRequest, answer=ChatCompletion,
-       events=Union[ChatCompletionChunk, OpenAIError], errors=CHAT_ERRORS, headers=CHAT_HEADERS,
+@route("POST", "/openai/v1/chat/completions", "/v1/chat/completions", body=ChatRequest, other_body=ResponsesRequest,
+       answer=ChatCompletion, events=Union[ChatCompletionChunk, OpenAIError], errors=CHAT_ERRORS, headers=CHAT_HEADERS,
        example={"model": "echo", "messages": [{"role": "user", "content": "hello"}]})
 def chat_completions(server: Server, call: Call) -> Answer:
-    """Answer a chat, as OpenAI's API does."""
-    return compat(server, call, OpenAI, call.body.stream_options.include_usage)
+    """Answer a chat, as OpenAI's API does. A body of /responses, with `input`, is answered so, too: Cursor sends it."""
+    return compat(server, call, OpenAI, include_usage=call.body.stream_options.include_usage)
+
+
+@route("POST", "/openai/v1/completions", "/v1/completions", body=CompletionRequest, answer=TextCompletion,
+       events=Union[TextCompletion, OpenAIError], errors=CHAT_ERRORS, headers=CHAT_HEADERS,
+       example={"model": "echo", "prompt": "hello"})
+def completions(server: Server, call: Call) -> Answer:
+    """Complete a text, as editors ask for it while somebody types."""
+    return compat(server, call, Completions, include_usage=call.body.stream_options.include_usage,
+                  echoes=call.body.texts if call.body.echo else ())
+
+
+@route("POST", "/openai/v1/responses", "/v1/responses", body=ResponsesRequest, answer=Response,
+       events=ResponseEvent, errors=CHAT_ERRORS, headers=CHAT_HEADERS, example={"model": "echo", "input": "hello"})
+def responses(server: Server, call: Call) -> Answer:
+    """Answer a chat, as OpenAI's newer API does. Nothing is stored, so that the input is always the whole chat."""
+    return compat(server, call, Responses, echoed=call.body.echoed)
 
 
 @route("POST", "/anthropic/v1/messages", "/v1/messages", "/anthropic/v1/v1/messages", body=MessagesRequest,
@@ -7019,69 +8611,91 @@ def messages(server: Server, call: Call) -> Answer:
     return compat(server, call, Anthropic)
 
 
-def compat(server: Server, call: Call, kind: Type[Renderer], include_usage: bool = False) -> Answer:
-    """A chat request of either API: the same run, shown by `kind`."""
+def compat(server: Server, call: Call, kind: Type[Renderer], **about: Any) -> Answer:
+    """A request of the OpenAI or Anthropic API: the same runs, shown by `kind`; `about` is more that this must know."""
     request = call.body
-    asked = dataclasses.replace(request.to_prompt(server.config), stops=tuple(request.stops))
-    started = server.start(asked, call.stop, at="clinvk", prompt_at="messages", ran=call.ran)
-    renderer = kind(Asked(request.model, len(asked.prompt) + len(asked.system_prompt or ""), include_usage,
-                          call.request_id))
-    ignored = [re.sub(r"[^A-Za-z0-9_.-]", "?", name) for name in (*request.ignored(), *started.ignored)]
-    headers = {"X-Clinvk-Backend": asked.backend}
-    if ignored:
-        headers["X-Clinvk-Ignored"] = ", ".join(ignored)[:4000]
+    prompts = request.to_prompts(server.config)
+    first, told = started_runs(server, call, prompts)
+    characters = sum(len(one.prompt) + len(one.system_prompt or "") for one in prompts)
+    renderer = kind(Asked(request.model, characters, request_id=call.request_id, answers=len(prompts),
+                          final_code=call.final.code if call.final else "", **about))
+    headers = {"X-Clinvk-Backend": first.request.backend, "X-Clinvk-Model": first.request.model,
+               "X-Clinvk-Ignored": ", ".join([*request.ignored(), *first.ignored])}
+    headers = {name: re.sub(r"[^A-Za-z0-9_.,:/ @-]", "?", text)[:4000] for name, text in headers.items() if text}
     if request.stream:
-        return streamed(started.events, renderer, headers, until=(Message, Thinking, ToolUse, Done))
-    return collected(started.events, renderer, headers, fails=True)
+        return streamed(told, renderer, headers, until=(Message, Thinking, ToolUse, Refusal, Done))
+    return collected(told, renderer, headers, fails=True)
 
 
-def streamed(events: Events, renderer: Renderer, headers: Mapping[str, str], until: Any) -> Answer:
+def started_runs(server: Server, call: Call, prompts: List[PromptRequest]) -> Tuple[Started, Tolds]:
+    """The runs of a compat request, as one; and how the first of them has been started. Several take one place in the
+    line, as a fan-out does; if one fails, the others are ended."""
+    start = functools.partial(server.start, at="clinvk", prompt_at=call.body.PROMPT_AT)
+    if len(prompts) == 1:
+        only = start(prompts[0], call.stop, ran=call.ran)
+        return only, alone(only.events)
+    first, *_ = [start(one, Stop(), ran=[]) for one in prompts]  # raises what is wrong with any of them
+
+    def start_one(index: int, stop: TaskStop) -> Events:
+        return start(prompts[index], stop, ran=call.ran, admitted=True).events
+    if not is_dry(prompts[0], server.config):
+        server.slots.admit()
+    call.stop.allow(server.config.server.request_timeout_secs)
+    return first, fan_out(len(prompts), start_one, call.stop, workers=min(len(prompts), server.slots.limit),
+                          fail_fast=True)
+
+
+def alone(events: Events) -> Tolds:
+    """What the only run of a request tells."""
+    with contextlib.closing(events):
+        for event in events:
+            yield Told(0, event)
+
+
+def streamed(told: Tolds, renderer: Renderer, headers: Mapping[str, str], until: Any) -> Answer:
     """Answer as it comes. Nothing is sent before the first event of `until`, or SILENCE, so that a run which fails at
     once is an HTTP error here, too."""
     begun, patience_ends = [], time.monotonic() + SILENCE
-    with closed_on_error(events):
-        for event in events:
-            begun.append(event)
-            if isinstance(event, until) or time.monotonic() > patience_ends:
+    with closed_on_error(told):
+        for one in told:
+            begun.append(one)
+            if isinstance(one.event, until) or time.monotonic() > patience_ends:
                 break
-            if isinstance(event, Failure):
-                raise event.error
-    body = renderer.stream(itertools.chain(begun, to_the_end(events)))
-    return Answer(body, content_type=renderer.stream_type, headers={**headers, **UNBUFFERED},
-                  close=events.close)
+            if isinstance(one.event, Failure):
+                raise one.event.error
+    body = renderer.stream(itertools.chain(begun, to_the_end(told)))
+    return Answer(body, content_type=renderer.stream_type, headers={**headers, **UNBUFFERED}, close=told.close)
 
 
-def to_the_end(events: Events) -> Iterator[Event]:
-    """`events`, and the end that a stream must have if the run can not even be started."""
+def to_the_end(told: Tolds) -> Iterator[Told]:
+    """`told`, and the end that a stream must have if the run can not even be started."""
     try:
-        yield from events
+        yield from told
     except ClinvkError as error:
-        yield Failure(error)
-        yield Done(-1)
+        yield Told(0, Failure(error))
+        yield Told(0, Done(-1))
 
 
-def collected(events: Events, renderer: Renderer, headers: Mapping[str, str], *, fails: bool = False) -> Answer:
-    """Answer in one piece; with `fails`, a failed run is an HTTP error."""
-    with contextlib.closing(events):
-        result = collect(events)
-    if fails and result.failure:
-        raise result.failure.error
-    return Answer(renderer.whole(result), headers=headers)
+def collected(told: Tolds, renderer: Renderer, headers: Mapping[str, str], *, fails: bool = False) -> Answer:
+    """Answer in one piece; with `fails`, a failed run is an HTTP error: that of the first which failed."""
+    results = [Result() for _ in range(renderer.asked.answers)]
+    failures: List[ClinvkError] = []
+    with contextlib.closing(told):
+        for index, event in told:
+            results[index].add(event)
+            failures += [event.error] if isinstance(event, Failure) else []
+    if fails and failures:
+        raise failures[0]
+    return Answer(renderer.whole(results), headers=headers)
 
 
 @contextlib.contextmanager
-def closed_on_error(events: Events) -> Iterator[None]:
+def closed_on_error(told: Tolds) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        events.close()
+        told.close()
         raise
-
-
-@route("POST", "/openai/v1/responses", "/v1/responses", answer=None)
-def responses(server: Server, call: Call) -> Answer:
-    """OpenAI's responses, which clinvk does not speak yet: every request is refused."""
-    raise BadRequest(f"the responses API can not be used in clinvk {__version__} yet; use chat/completions")
 
 
 @route("GET", "/api/v1/backends", answer=Backends)
@@ -7262,7 +8876,8 @@ def ways_in() -> Dict[str, List[str]]:
     """The paths that people are told of, by kind; those of a later version are not among them."""
     there = {pattern for r in ROUTES for pattern in r.patterns}
     shown = {"Custom API": ("/api/v1/prompt", "/api/v1/parallel", "/api/v1/chain", "/api/v1/compare"),
-             "OpenAI": ("/openai/v1/models", "/openai/v1/chat/completions"), "Anthropic": ("/anthropic/v1/messages",),
+             "OpenAI": ("/openai/v1/models", "/openai/v1/chat/completions"),
+             "Anthropic": ("/anthropic/v1/messages",),
              "Docs": ("/openapi.json",), "Health": ("/health",)}
     return {kind: [p for p in paths if p in there] for kind, paths in shown.items() if set(paths) & there}
 
@@ -7338,7 +8953,7 @@ class Schemas:
         if entry.events is EventLine:
             return self.line(entry.answer)
         event = server_sent_schema(self.of(entry.events, {}))
-        return {"anyOf": [event, LAST_OF_OPENAI]} if entry.answer is ChatCompletion else event
+        return {"anyOf": [event, LAST_OF_OPENAI]} if entry.answer in (ChatCompletion, TextCompletion) else event
 
     def line(self, answer: Any) -> Json:
         """A line of /api/v1's streams: an event, or at the end of a fan-out the whole answer."""
@@ -7394,6 +9009,7 @@ HEADERS = {
     "request-id": "The same.",
     "x-should-retry": "`false`: the CLI has been asked already, so that SDKs must not repeat the request.",
     "X-Clinvk-Backend": "The backend that answers.",
+    "X-Clinvk-Model": "The model that its CLI is told to use, if it is told.",
     "X-Clinvk-Ignored": "Fields of the request that are without effect.",
     "X-Clinvk-Start": "How the CLI came to be there: `cold`, it was started; `spare`, it had been started before; "
                       "`live`, it had given the conversation's last answer. Of several runs, each way once. A stream "
@@ -7433,8 +9049,9 @@ def operation(entry: Route, schemas: Schemas, config: Config) -> Json:
         shown["parameters"] = parameters(entry, schemas)
     if entry.body:
         example = {"example": entry.example} if entry.example else {}
-        shown["requestBody"] = {"required": True, "content": {
-            JSON_TYPE: {"schema": schemas.reference(entry.body), **example}}}
+        bodies = [schemas.reference(model) for model in (entry.body, entry.other_body) if model]
+        schema = bodies[0] if len(bodies) == 1 else {"anyOf": bodies}
+        shown["requestBody"] = {"required": True, "content": {JSON_TYPE: {"schema": schema, **example}}}
     guarded = bool(config.keys) and not is_open(entry.path)
     if guarded:
         shown["security"] = [{"key": []}, {"bearer": []}]
@@ -7638,10 +9255,24 @@ def answer_or_error(server: Server, router: bottle.Router, head: Head, request_i
 
 
 def error_answer(error: ClinvkError, head: Head, request_id: str) -> Answer:
-    """In the shape of the API that was called."""
+    """In the shape of the API that was called; and such that the client does not repeat what must not be repeated."""
     renderer = renderer_of(head.path, speaks_anthropic=bool(head.get("anthropic-version")))
-    return Answer([to_json(renderer.error(error, request_id))], renderer.status(error), renderer.error_type,
-                  renderer.error_headers(error))
+    body, status, final = renderer.error(error, request_id), renderer.status(error), final_of(head)
+    if final and error.prompted and renderer is not Native and status in final.repeated:
+        status = final.status
+        if final.code:
+            body["error"]["code"] = final.code
+    return Answer([to_json(body)], status, renderer.error_type, renderer.error_headers(error))
+
+
+def final_of(head: Head) -> Optional[Final]:
+    """How to tell this client that it must not repeat a request, if x-should-retry does not. Measured: codex 0.169.0
+    sends a request up to 30 times after a 5xx, 6 times after a 401; Vercel's AI SDK 6 three times."""
+    if head.get("originator").startswith("codex"):
+        return Final(400, frozenset({401, 403, 408, 424, 429, *range(500, 600)}), "invalid_prompt")
+    if "ai-sdk/" in head.get("User-Agent"):
+        return Final(424, frozenset(range(500, 600)))
+    return None
 
 
 def answered(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
@@ -7652,9 +9283,18 @@ def answered(server: Server, router: bottle.Router, head: Head, request_id: str)
         return Answer((), 204, headers=preflight_headers(server.config, head))
     entry, name = matched(router, head.method, routed_path(head))
     check_type(head)
-    body = check(entry.body, read_json(head.environ, server.config), entry.where) if entry.body else None
+    body = read_body(entry, read_json(head.environ, server.config)) if entry.body else None
     query = check(entry.query, read_query(head.environ, entry.query), "query") if entry.query else None
-    return entry.function(server, Call(body, query, request_id, head.environ[STOP], head.environ[RAN], name))
+    return entry.function(server, Call(body, query, request_id, head.environ[STOP], head.environ[RAN], name,
+                                       final_of(head)))
+
+
+def read_body(entry: Route, value: Any) -> Any:
+    """The request, as its model has it."""
+    model: Any = entry.body
+    if entry.other_body and isinstance(value, dict) and value.get(model.PROMPT_AT) is None:
+        model = entry.other_body if value.get(entry.other_body.PROMPT_AT) is not None else model
+    return check(model, value, entry.where)
 
 
 def routed_path(head: Head) -> str:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
 
@@ -80,6 +80,11 @@ def children_of(parent: int, states: str = "") -> List[int]:
     listed = subprocess.run(["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True)
     rows = [row.split() for row in listed.stdout.splitlines()]
     return [int(pid) for pid, of, state in rows if of == str(parent) and (not states or state[0] in states)]
+
+
+def told(events: Iterable[clinvk.Event]) -> Iterator[clinvk.Told]:
+    """The events of a request's only run, as a renderer is given them."""
+    return (clinvk.Told(0, event) for event in events)
 
 
 # ---- Errors, as each API has them (SPEC 5)

@@ -8,6 +8,7 @@ import pytest
 from clinvk import (Anthropic, Asked, BackendAuth, BackendFailed, BackendUnavailable, ClinvkError, Done, Event, Failure,
                     Init, Invalid, Message, Problem, Progress, RateLimited, Thinking, TimedOut, TokenUsage, ToolResult,
                     ToolUse, UnknownModel, Usage, collect)
+from conftest import told
 
 INSIDE, BESIDE = Usage(101, 12, 40, 0, 7), Usage(101, 12, 40, 3, cache_inside=False)
 PLAIN: List[Event] = [Init("opus"), Message("Hel", opens=True), Message("lo"), TokenUsage(BESIDE), Done(0)]
@@ -29,12 +30,12 @@ def usage_of(fresh: int, output: int, read: int = 0, created: int = 0) -> Dict[s
 
 
 def whole(events: Sequence[Event], **asked: Any) -> Dict[str, Any]:
-    answer: Dict[str, Any] = json.loads(b"".join(Anthropic(Asked("opus", **asked)).whole(collect(iter(events)))))
+    answer: Dict[str, Any] = json.loads(b"".join(Anthropic(Asked("opus", **asked)).whole([collect(iter(events))])))
     return answer
 
 
 def sent(events: Sequence[Event], **asked: Any) -> bytes:
-    return b"".join(Anthropic(Asked("opus", **asked)).stream(iter(events)))
+    return b"".join(Anthropic(Asked("opus", **asked)).stream(told(events)))
 
 
 def streamed(events: Sequence[Event], **asked: Any) -> List[Dict[str, Any]]:
@@ -204,7 +205,7 @@ def said(message: Any) -> Tuple[str, str]:
 
 @pytest.mark.parametrize("events, text, thoughts", RUNS)
 def test_anthropic_python_reads_a_whole_answer(events: List[Event], text: str, thoughts: str) -> None:
-    body = b"".join(Anthropic(Asked("opus")).whole(collect(iter(events))))
+    body = b"".join(Anthropic(Asked("opus")).whole([collect(iter(events))]))
     answer = anthropic_client(body, "application/json").messages.create(**QUESTION)
     type(answer).model_validate(json.loads(body))  # strict, as create() is not
     assert said(answer) == (text, thoughts)

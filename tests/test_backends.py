@@ -1033,6 +1033,14 @@ def user_message(prompt: str) -> Dict[str, Any]:
                                                                     {"type": "text", "text": ""}]}}
 
 
+def effort_level(level: str) -> Dict[str, Any]:
+    return {"subtype": "apply_flag_settings", "settings": {"effortLevel": level}}
+
+
+def thinking(tokens: int) -> Dict[str, Any]:
+    return {"subtype": "set_max_thinking_tokens", "max_thinking_tokens": tokens}
+
+
 @pytest.mark.parametrize("fields, requests", [
     ({}, []),
     ({"system_prompt": "Be brief."}, [{"subtype": "initialize", "appendSystemPrompt": "Be brief."}]),
@@ -1041,11 +1049,12 @@ def user_message(prompt: str) -> Dict[str, Any]:
      [{"subtype": "initialize", "appendSystemPrompt": "Be brief.", "systemPromptSnapshot": False}]),
     ({"isolated": True}, [{"subtype": "initialize", "systemPrompt": ""}]),
     ({"isolated": True, "system_prompt": "Be brief."}, [{"subtype": "initialize", "systemPrompt": "Be brief."}]),
-    ({"effort": "minimal"}, [{"subtype": "apply_flag_settings", "settings": {"effortLevel": "low"}}]),
-    ({"effort": "xhigh"}, [{"subtype": "apply_flag_settings", "settings": {"effortLevel": "max"}}]),
+    ({"effort": "minimal"}, [effort_level("low"), thinking(1024)]),
+    ({"effort": "xhigh"}, [effort_level("xhigh"), thinking(31999)]),
+    ({"effort": "none"}, [thinking(0)]),
+    ({"effort": "high", "thinking_tokens": 0}, [effort_level("high"), thinking(0)]),
     ({"effort": "unheard of"}, []),
-    ({"thinking_tokens": 0}, [{"subtype": "set_max_thinking_tokens", "max_thinking_tokens": 0}]),
-    ({"thinking_tokens": 2048}, [{"subtype": "set_max_thinking_tokens", "max_thinking_tokens": 2048}])])
+    ({"thinking_tokens": 0}, [thinking(0)]), ({"thinking_tokens": 2048}, [thinking(2048)])])
 def test_claude_is_told_system_prompt_and_effort_before_the_prompt(fields: Any, requests: List[Any],
                                                                     config: Config) -> None:
     _, ears = asked("claude", config, request_of("claude", "/cost", **fields))
@@ -1349,7 +1358,7 @@ AGENT_ONLY = ["approval_mode", "sandbox_mode", "max_turns", "allowed_tools"]
     ("claude", {}, []), ("claude", EVERYTHING, ["sandbox_mode", "verbose"]),
     ("claude", {"sandbox_mode": "full", "approval_mode": "auto"}, ["approval_mode"]),
     ("claude", {**EVERYTHING, "isolated": True}, [*AGENT_ONLY, "verbose"]),
-    ("claude", {"effort": "none"}, ["reasoning_effort"]), ("claude", {"effort": "extreme"}, ["reasoning_effort"]),
+    ("claude", {"effort": "none"}, []), ("claude", {"effort": "extreme"}, ["reasoning_effort"]),
     ("codex", {}, []), ("codex", EVERYTHING, ["max_tokens", "max_turns", "allowed_tools", "verbose", "thinking"]),
     ("codex", {**EVERYTHING, "isolated": True}, [*AGENT_ONLY, "max_tokens", "verbose", "thinking"]),
     ("codex", {"effort": "max"}, ["reasoning_effort"]),

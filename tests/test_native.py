@@ -10,6 +10,7 @@ import pytest
 from clinvk import (Asked, BackendAuth, BackendFailed, BackendUnavailable, ClinvkError, Done, Event, Failure, Init,
                     Invalid, Message, MethodNotAllowed, Native, Problem, Progress, RateLimited, Thinking, TokenUsage,
                     ToolResult, ToolUse, Unauthorized, Usage, collect, spliced, to_json)
+from conftest import told
 
 INIT = Init("opus", "5e55", "/work/dir")
 
@@ -32,12 +33,13 @@ AGENT: List[Event] = [INIT, Thinking("hm"), Message("I will ", opens=True), Mess
 
 
 def whole(events: Sequence[Event], model: str = "", ignored: Sequence[str] = ()) -> Dict[str, Any]:
-    answer: Dict[str, Any] = json.loads(b"".join(Native(Asked(model), "claude", ignored).whole(collect(iter(events)))))
+    native = Native(Asked(model), "claude", ignored)
+    answer: Dict[str, Any] = json.loads(b"".join(native.whole([collect(iter(events))])))
     return answer
 
 
 def streamed(events: Sequence[Event]) -> List[Dict[str, Any]]:
-    chunks = list(Native(Asked(), "claude").stream(iter(events)))
+    chunks = list(Native(Asked(), "claude").stream(told(events)))
     return [json.loads(line) for line in b"".join(chunks).split(b"\n")[:-1]]
 
 
@@ -111,7 +113,7 @@ def test_each_event_is_sent_when_it_comes() -> None:
         for number, event in enumerate(PLAIN):
             came.append(number)
             yield event
-    chunks = Native(Asked(), "claude").stream(events())
+    chunks = Native(Asked(), "claude").stream(told(events()))
     for number in range(4):
         assert json.loads(next(chunks))["sequence"] == number + 1
         assert came[-1] == number
@@ -128,7 +130,7 @@ def test_any_text_is_one_line_of_utf8_that_reads_back_the_same(text: str) -> Non
     data = to_json({"text": text})
     assert json.loads(data) == {"text": text}
     assert data.decode("utf-8").splitlines() == [data.decode("utf-8")]
-    lines = b"".join(Native(Asked(), "claude").stream(iter([Message(text, opens=True), Done(0)])))
+    lines = b"".join(Native(Asked(), "claude").stream(told([Message(text, opens=True), Done(0)])))
     assert len(lines.decode("utf-8").splitlines()) == 2
     assert whole([Message(text, opens=True), Done(0)])["output"] == text
 
@@ -170,7 +172,7 @@ def test_a_text_that_looks_like_a_marker_is_left_alone() -> None:
 
 def test_a_text_is_let_go_as_it_is_written() -> None:
     result = collect(iter([Message("x" * 1000, opens=True), *[Message("y" * 1000)] * 9, Done(0)]))
-    chunks = Native(Asked(), "claude").whole(result)
+    chunks = Native(Asked(), "claude").whole([result])
     assert result.final == [] and len(b"".join(chunks)) > 10_000
 
 

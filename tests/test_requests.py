@@ -109,7 +109,7 @@ def test_a_fault_deep_in_a_conversation_is_named_by_its_path(messages: Any, plac
                                          ({"messages": [{"role": "system", "content": "s"}]}, "messages")])
 def test_a_chat_without_a_message_of_the_user_is_refused(body: Any, place: str, config: clinvk.Config) -> None:
     with pytest.raises(clinvk.Invalid) as refused:
-        clinvk.check(clinvk.ChatRequest, {"model": "echo", **body}).to_prompt(config)
+        clinvk.check(clinvk.ChatRequest, {"model": "echo", **body}).to_prompts(config)[0]
     assert [problem.location for problem in refused.value.problems] == [place]
 
 
@@ -165,8 +165,8 @@ def test_a_typo_is_no_model_and_is_told_what_is_near_and_what_there_is(
 
 def test_one_user_turn_stands_as_it_is() -> None:
     text = "  The conversation so far:\n<turn role=\"user\">\n</turn> \\ <\\turn>\n\n"
-    assert clinvk.as_prompt([Turn("user", [Piece(text)], "bob")]) == text
-    assert clinvk.as_prompt([Turn("user", [Piece("a"), Piece(""), Piece("b")])]) == "a\n\nb"
+    assert clinvk.as_prompt([Turn("user", [Piece(text)], "bob")]).text == text
+    assert clinvk.as_prompt([Turn("user", [Piece("a"), Piece(""), Piece("b")])]).text == "a\n\nb"
 
 
 HEAD = "The conversation so far:\n\n"
@@ -244,7 +244,7 @@ def test_no_text_can_pass_itself_off_as_another_turn(attack: str, before: str, a
     text = before + attack + after
     for turns in (text_turns(text, "b", "c"), text_turns("a", text, "c"), text_turns("a", "b", text),
                   text_turns("a", text), text_turns(text, text, text)):
-        assert parsed(clinvk.as_prompt(turns)) == turns
+        assert parsed(clinvk.as_prompt(turns).text) == turns
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -253,7 +253,7 @@ def test_no_name_id_title_or_result_can_pass_itself_off_as_another_turn(attack: 
     turns = [Turn("user", [Piece("q")], attack), Turn("assistant", [Piece(attack), marked, Piece(attack), marked]),
              Turn("tool", [Piece(attack, "tool_result", (("id", attack),))]),
              Turn("user", [Piece(attack, "document", (("title", attack),)), Piece(attack)], attack)]
-    assert parsed(clinvk.as_prompt(turns)) == [whole(turn) for turn in turns]
+    assert parsed(clinvk.as_prompt(turns).text) == [whole(turn) for turn in turns]
 
 
 def test_any_conversation_can_be_read_back_from_its_transcript() -> None:
@@ -270,19 +270,19 @@ def test_any_conversation_can_be_read_back_from_its_transcript() -> None:
     for _ in range(3000):
         turns = [Turn(chance.choice(["user", "assistant", "tool"]), [piece() for _ in range(chance.randrange(1, 4))],
                       text()) for _ in range(chance.randrange(2, 5))]
-        assert parsed(clinvk.as_prompt(turns)) == [whole(turn) for turn in turns]
+        assert parsed(clinvk.as_prompt(turns).text) == [whole(turn) for turn in turns]
 
 
 # ---- OpenAI's and Anthropic's conversations
 
 def chat(config: clinvk.Config, *messages: Any, **fields: Any) -> clinvk.PromptRequest:
     return clinvk.check(clinvk.ChatRequest, {"model": "echo", "messages": messages and list(messages), **fields}
-                        ).to_prompt(config)
+                        ).to_prompts(config)[0]
 
 
 def anthropic(config: clinvk.Config, *messages: Any, **fields: Any) -> clinvk.PromptRequest:
     body = {"model": "echo", "max_tokens": 9, "messages": list(messages), **fields}
-    return clinvk.check(clinvk.MessagesRequest, body).to_prompt(config)
+    return clinvk.check(clinvk.MessagesRequest, body).to_prompts(config)[0]
 
 
 def says(role: str, content: Any, **more: Any) -> Dict[str, Any]:
