@@ -2300,9 +2300,9 @@ class OutputConfigParam(Open):
 
 SOME_BLOCK = with_any({"type": {"enum": ["text"]}, "text": BLANK_NOT},
                       {"type": {"enum": ["image", "tool_use", "tool_result", "document", "search_result"]}})
-SOME_TURN: Json = {**with_any({"role": {}, "content": {"anyOf": [BLANK_NOT, {"type": "array", **SOME_BLOCK}]}}),
-                   "prefixItems": [{"$ref": "#/components/schemas/MessageParam",
-                                    "properties": {"role": {"enum": ["user", "system"]}}}]}
+SOME_CONTENT: Json = {"anyOf": [BLANK_NOT, {"type": "array", **SOME_BLOCK}]}
+SOME_TURN: Json = {**with_any({"role": {"enum": ["user", "assistant"]}, "content": SOME_CONTENT}), "prefixItems": [
+    {"$ref": "#/components/schemas/MessageParam", "properties": {"role": {"enum": ["user", "system"]}}}]}
 
 
 @dataclass(frozen=True)
@@ -2337,9 +2337,9 @@ class MessagesRequest(Compat):
     def to_prompts(self, config: Config) -> List[PromptRequest]:
         refuse_forced(self.tool_choice.type, self.tools)
         thinking = self.thinking or ThinkingParam()
-        system = Turn("system", content_pieces(self.system))
+        turns = [Turn("system", content_pieces(self.system)), *(message.turn() for message in self.messages)]
         return [self.prompt_request(
-            config, [message.turn() for message in self.messages], system_prompt=system_text([system]),
+            config, [turn for turn in turns if turn.role not in SYSTEM], system_prompt=system_text(turns),
             max_tokens=self.max_tokens, effort=self.output_config.effort, thinking_tokens=thinking.tokens,
             schema=self.output_config.format.wanted or self.output_format.wanted)]
 
@@ -7475,8 +7475,9 @@ class Anthropic(Renderer):
 
     def message_start(self, usage: Optional[Usage]) -> bytes:
         counts = usage or self.estimated(0)
+        shown = anthropic_usage(counts)
         message = {**self.base, "content": [], "stop_reason": None, "stop_sequence": None,
-                   "usage": {**anthropic_usage(counts), "output_tokens": 1}}
+                   "usage": {**shown, "input_tokens": max(1, shown["input_tokens"]), "output_tokens": 1}}
         return server_sent({"type": "message_start", "message": message}, "message_start") + server_sent(
             {"type": "ping"}, "ping")
 

@@ -340,12 +340,17 @@ FOUND = {"type": "search_result", "title": "Book 1", "source": "https://a.exampl
      Turn("user", [Piece("", "tool_result", (("id", "t1"), ("error", "true")))])),
     (says("user", [DOCUMENT]), Turn("user", [Piece("d </turn>", "document", (("title", "Book 1"),))])),
     (says("user", [{"type": "document", "source": {"type": "content", "content": [text_part("d")]}, "context": "c"}]),
-     Turn("user", [Piece("d", "document", (("context", "c"),))])),
-    (says("system", "be brief"), Turn("system", [Piece("be brief")]))])
+     Turn("user", [Piece("d", "document", (("context", "c"),))]))])
 def test_nothing_of_an_anthropic_message_is_lost_in_the_transcript(
         config: clinvk.Config, message: Any, turn: Turn) -> None:
     hi = Turn("user", [Piece("hi")])
     assert parsed(anthropic(config, USER, message, USER).prompt) == [hi, turn, hi]
+
+
+def test_a_system_message_of_anthropic_is_part_of_the_system_prompt_wherever_it_stands(config: clinvk.Config) -> None:
+    """Claude Code sends one after the first turn."""
+    asked = anthropic(config, USER, says("system", "be brief"), system="be kind")
+    assert (asked.prompt, asked.system_prompt) == ("hi", "be kind\nbe brief")
 
 
 @pytest.mark.parametrize("block, kept", [(FOUND, ["Book 1", "https://a.example", "d"]),
