@@ -773,7 +773,8 @@ def faults(value: Any, schema: Any) -> List[str]:
     return [*dict.fromkeys(map(str, found))][:FAULTS_TOLD]
 
 
-FENCED = re.compile(r"^[ \t]*```[^`\n]*\n(.*?)```[ \t\r]*$", re.DOTALL | re.MULTILINE)
+# A fence that is not closed goes to the end, as in CommonMark; so each character is looked at once.
+FENCED = re.compile(r"^[ \t]*```[^`\n]*\n(.*?)(?:```[ \t\r]*$|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def json_in(text: str) -> Tuple[Any, str]:
@@ -995,17 +996,20 @@ class Verdict(NamedTuple):
 class JsonSchema:
     """A JSON Schema, draft 2020-12, or draft-07 where that has other words: what it says of values.
 
-    `format` counts for those of FORMATS, and what stands beside a `$ref` counts in draft-07, too."""
+    `format` counts for those of FORMATS, and what stands beside a `$ref` counts in draft-07, too. One instance for each
+    value that is judged."""
 
     def __init__(self, document: Any) -> None:
         self.document = document
+        # By a `$ref`, of one value: schemas that refer to each other twice would take twice as long at each level.
+        self.judged: Dict[Tuple[int, int, Place], Verdict] = {}
         self.url = str(document.get("$id", "")).partition("#")[0] if isinstance(document, dict) else ""
         self.anchors: Dict[str, Any] = {}
         self.anchors = {str(schema[word]).lstrip("#"): schema for _, schema in self.reached()
                         if isinstance(schema, dict) for word in ("$anchor", "$dynamicAnchor", "$id") if word in schema}
 
     def named(self, reference: Any) -> Any:
-        """The schema that a `$ref` leads to; None: there is none in this document."""
+        """What a `$ref` leads to; None: nothing in this document."""
         url, _, fragment = str(reference).partition("#")
         if url not in ("", self.url):
             return None
@@ -1015,7 +1019,7 @@ class JsonSchema:
         for part in fragment[1:].split("/"):
             inner = {str(place): item for place, item in members(found)}
             found = inner.get(part.replace("~1", "/").replace("~0", "~"))
-        return found if is_schema(found) else None
+        return found
 
     def next_of(self, schema: Json) -> Iterator[Tuple[str, Place, Any]]:
         """The schemas that stand in one, or that it refers to: keyword, place, schema."""
@@ -1089,7 +1093,13 @@ class JsonSchema:
 
     def verdicts(self, schema: Json, value: Any, at: Place) -> Iterator[Verdict]:
         """Of the keywords that hand the whole value on to other schemas."""
-        for inner in [self.named(schema[word]) for word in REFERENCES if word in schema] + schema.get("allOf", []):
+        for word in REFERENCES.intersection(schema):
+            inner = self.named(schema[word])
+            key = id(inner), id(value), at
+            if key not in self.judged:
+                self.judged[key] = self.judge(inner, value, at)
+            yield self.judged[key]
+        for inner in schema.get("allOf", ()):
             yield self.judge(inner, value, at)
         for word in ("anyOf", "oneOf"):
             if word in schema:
@@ -1151,7 +1161,7 @@ def choice(word: str, verdicts: List[Verdict], at: Place) -> Verdict:
         return Verdict([], known)
     near = [verdict.faults for verdict in verdicts if all(fault.at != at for fault in verdict.faults)]
     if near:
-        return Verdict(min(near, key=len))
+        return Verdict(near[0])
     messages = dict.fromkeys(fault.message for verdict in verdicts for fault in verdict.faults if fault.at == at)
     return Verdict([Fault(at, ", or ".join([*messages][:FAULTS_TOLD]))])
 
@@ -9269,7 +9279,7 @@ def error_answer(error: ClinvkError, head: Head, request_id: str) -> Answer:
 def final_of(head: Head) -> Optional[Final]:
     """How to tell this client that it must not repeat a request, if x-should-retry does not. Measured: codex 0.169.0
     sends a request up to 30 times after a 5xx, 6 times after a 401; Vercel's AI SDK 6 three times."""
-    if head.get("originator").startswith("codex"):
+    if head.get("x-codex-turn-metadata"):  # its `originator` is the name of the program that runs it
         return Final(400, frozenset({401, 403, 408, 424, 429, *range(500, 600)}), "invalid_prompt")
     if "ai-sdk/" in head.get("User-Agent"):
         return Final(424, frozenset(range(500, 600)))
