@@ -6,14 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
-from conftest import Served, alive, eventually, serving
+from conftest import Served, alive, eventually, executable, serving
 
 pytestmark = [pytest.mark.clients, pytest.mark.skipif(not shutil.which("npm"), reason="there is no npm")]
 Json = Dict[str, Any]
@@ -103,13 +101,6 @@ def installed() -> Path:
     return root / "node_modules"
 
 
-def program(path: Path, script: str) -> str:
-    """An executable of a Python script, as the fixture `fake_cli` makes it."""
-    path.write_text(f"#!{sys.executable}\nimport json, os, sys, time\n{script}")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("node")
@@ -117,10 +108,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(pyz: Path, folder: Path) -> Iterator[Served]:
-    cli = program(folder / "cli", CLI)
+    cli = executable(folder / "cli", CLI)
     backends: Json = {name: {"command": [cli, name]} for name in TEXT_CLIS}
     backends.update(parrot={"command": ["cat"]}, missing={"command": [str(folder / "missing")]},
-                    claude={"command": program(folder / "claude", CLAUDE)},
+                    claude={"command": executable(folder / "claude", CLAUDE)},
                     codex={"enabled": False}, gemini={"enabled": False})
     with serving(pyz, folder) as start:
         yield start(config={"backends": backends, "server": {
@@ -184,7 +175,6 @@ UNKNOWN = 'no backend goes by the model name "nothing-known". There is: claude, 
 OUT_OF_LUCK, BROKEN_OFF = "fails failed with exit code 1\nout of luck", "breaks failed with exit code 1\nbroken off"
 LOGIN = "claude is not logged in (who are you). Run claude and use /login, or set ANTHROPIC_API_KEY"
 MODELS = ["claude", "breaks", "fails", "fenced", "hangs", "parrot", "person", "prose", "echo"]
-PIXEL_SHOWN = "[image/png 70] "
 
 
 def openai_usage(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> Json:
@@ -193,9 +183,10 @@ def openai_usage(prompt: int, completion: int, cached: int = 0, reasoning: int =
             "completion_tokens_details": {"reasoning_tokens": reasoning}}
 
 
-def responses_usage(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> Json:
+def responses_usage(prompt: int, completion: int, cached: int = 0, written: int = 0, reasoning: int = 0) -> Json:
     return {"input_tokens": prompt, "output_tokens": completion, "total_tokens": prompt + completion,
-            "input_tokens_details": {"cached_tokens": cached}, "output_tokens_details": {"reasoning_tokens": reasoning}}
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
+            "output_tokens_details": {"reasoning_tokens": reasoning}}
 
 
 def anthropic_usage(fresh: int, output: int, read: int = 0, created: int = 0) -> Json:
@@ -612,7 +603,7 @@ def test_the_turns_and_instructions_of_a_response_come_to_the_cli_whole(openai: 
 
 @needs("responses")
 def test_openai_node_reads_the_clis_own_counts_in_a_response(openai: Json) -> None:
-    assert openai["response counted"] == responses_usage(105, 12, 30, 4)
+    assert openai["response counted"] == responses_usage(105, 12, 30, 5, 4)
 
 
 @needs("responses", "schema")

@@ -88,7 +88,6 @@ const cases = {
   "parsed from a fence": async () => (await messages.parse(person("fenced"))).parsed_output,
   "parsed streamed": async () => (await messages.stream(person("person")).finalMessage()).parsed_output,
 
-  "refused": async () => said(await messages.create(person("prose"))),
 
   // images
   "image": async () => said(await messages.create({ model: "claude", max_tokens: 100, messages: [
