@@ -290,13 +290,18 @@ def client(make_client: Callable[..., Client]) -> Client:
 
 # ---- Scripted CLIs
 
+def executable(path: Path, script: str) -> str:
+    """Makes a program of a Python script, the process of a scripted CLI, and gives its path.
+
+    What it needs is imported already: json, os, signal, subprocess, sys, time."""
+    path.write_text(f"#!{sys.executable}\nimport json, os, signal, subprocess, sys, time\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
 @pytest.fixture
 def fake_cli(tmp_path: Path) -> Callable[..., str]:
-    """`fake_cli(script)` makes an executable of a Python script, the process of a scripted CLI, and gives its path.
-    What it needs is imported already: json, os, signal, subprocess, sys, time."""
+    """`fake_cli(script)` makes an executable in the test's folder."""
     def make(script: str, name: str = "fake") -> str:
-        path = tmp_path / name
-        path.write_text(f"#!{sys.executable}\nimport json, os, signal, subprocess, sys, time\n{script}\n")
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        return str(path)
+        return executable(tmp_path / name, script)
     return make
