@@ -167,6 +167,11 @@ class MethodNotAllowed(ClinvkError):
         self.allow = allow
 
 
+class NoWebSocket(ClinvkError):
+    """A websocket is asked for, and there is none. Codex goes over to POST at once; a 405 it would ask again."""
+    status, openai, anthropic = 426, ("invalid_request_error", None), "invalid_request_error"
+
+
 class WrongType(ClinvkError):
     """A body that is not said to be JSON: a web page can send any other type without asking first."""
     status, openai, anthropic = 415, ("invalid_request_error", None), "invalid_request_error"
@@ -2682,6 +2687,7 @@ class Backend:
     stores_at_exit: ClassVar[bool] = False  # whether a conversation is whole, and free for another process, only then
     can_wait: ClassVar[bool] = False  # whether it can be started ahead of its first request, and has `ask_on`
     shows_images: ClassVar[bool] = False  # to its model
+    context_window: ClassVar[int] = 128_000  # tokens that its usual model takes
     noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
     LOGIN_AND_SETTINGS: ClassVar[Tuple[str, ...]] = ()  # files in its own home that it reads at its start
     MEMORY: ClassVar[Tuple[str, ...]] = ()  # further ones that it reads there as an agent
@@ -3073,6 +3079,7 @@ class Claude(JsonLines):
     stores_at_exit = True
     can_wait = True
     shows_images = True
+    context_window = 200_000
     LOGIN_AND_SETTINGS = (".credentials.json", "settings.json")
     MEMORY = ("CLAUDE.md",)
     IN_WORKDIR = ("CLAUDE.md", "CLAUDE.local.md", ".mcp.json", ".claude/CLAUDE.md", ".claude/settings.json",
@@ -3509,6 +3516,7 @@ class Codex(JsonRpc):
     stores_at_exit = True
     can_wait = True
     shows_images = True
+    context_window = 258_400
     LOGIN_AND_SETTINGS = ("auth.json", "config.toml")
     MEMORY = ("AGENTS.md",)
     IN_WORKDIR = ("AGENTS.md", ".codex/config.toml")
@@ -3878,6 +3886,7 @@ class Gemini(JsonRpc):
     REPLAY_SILENCE = 3.0  # seconds
     can_wait = True
     shows_images = True
+    context_window = 1_000_000
     LOGIN_AND_SETTINGS = tuple(f".gemini/{name}" for name in ("oauth_creds.json", "google_accounts.json",
                                                               "gemini-credentials.json", ".env")) + (".env",)
     MEMORY = (".gemini/GEMINI.md", ".gemini/settings.json")
@@ -6500,10 +6509,43 @@ class OpenAIModel(TypedDict):
     owned_by: str
 
 
-class OpenAIModels(TypedDict):
-    """What `model` can be."""
+class ReasoningLevel(TypedDict):
+    """How hard a model can be told to think."""
+    effort: str
+    description: str
+
+
+class TruncationPolicy(TypedDict):
+    """How much of a tool's output goes to a model."""
+    mode: Literal["bytes", "tokens"]
+    limit: int
+
+
+class CodexModel(TypedDict):
+    """Something that `model` can be, as Codex knows models: what it offers to one, and how it speaks to it."""
+    slug: str
+    display_name: str
+    supported_reasoning_levels: List[ReasoningLevel]
+    shell_type: Literal["disabled"]
+    visibility: Literal["list"]
+    supported_in_api: bool
+    priority: int
+    base_instructions: str
+    support_verbosity: bool
+    truncation_policy: TruncationPolicy
+    experimental_supported_tools: List[str]
+    context_window: Annotated[int, "tokens"]
+    input_modalities: List[Literal["text", "image"]]
+
+
+class OpenAIModelsBase(TypedDict):
     object: Literal["list"]
     data: List[OpenAIModel]
+
+
+class OpenAIModels(OpenAIModelsBase, total=False):
+    """What `model` can be."""
+    models: Annotated[List[CodexModel], "the same for Codex; only with client_version"]
 
 
 class CachedTokens(TypedDict):
@@ -8847,10 +8889,39 @@ def anthropic_model(server: Server, name: str) -> AnthropicModel:
     return {"type": "model", "id": name, "display_name": name, "created_at": utc(server.began)}
 
 
-@route("GET", "/openai/v1/models", answer=OpenAIModels)
+# What Codex says to a model in place of its own system prompt, which is about tools that clinvk does not offer.
+CODEX_INSTRUCTIONS = ("You are a programmer's assistant. In this chat you have no tools: say what you would run or "
+                      "change, and the user does it.")
+CODEX_EFFORTS = {"low": "Quick answers", "medium": "Some thinking", "high": "More thinking",
+                 "xhigh": "The most thinking"}
+
+
+def codex_model(server: Server, name: str, priority: int) -> CodexModel:
+    """codex 0.169.0 refuses the whole list without any of these fields; but for the last two."""
+    kind = kind_of(backend_of(name, server.config)[0])
+    return {"slug": name, "display_name": name, "visibility": "list", "supported_in_api": True, "priority": priority,
+            "base_instructions": CODEX_INSTRUCTIONS, "shell_type": "disabled", "experimental_supported_tools": [],
+            "supported_reasoning_levels": [{"effort": effort, "description": about}
+                                           for effort, about in CODEX_EFFORTS.items() if effort in kind.EFFORTS],
+            "support_verbosity": False, "truncation_policy": {"mode": "tokens", "limit": 10_000},
+            "context_window": kind.context_window,
+            "input_modalities": ["text", "image"] if kind.shows_images else ["text"]}
+
+
+@dataclass(frozen=True)
+class ModelsQuery(Open):
+    """What GET /openai/v1/models can be asked."""
+    client_version: str = param("", free_text=True, doc="Codex sends its own: then `models` is there, too.")
+
+
+@route("GET", "/openai/v1/models", query=ModelsQuery, answer=OpenAIModels)
 def openai_models(server: Server, call: Call) -> Answer:
     """What `model` can be: the backends that can run, and for each its aliases and its default model."""
-    return json_answer({"object": "list", "data": [openai_model(server, name) for name in model_names(server)]})
+    names = model_names(server)
+    listed: OpenAIModels = {"object": "list", "data": [openai_model(server, name) for name in names]}
+    if call.query.client_version:
+        listed["models"] = [codex_model(server, name, place) for place, name in enumerate(names)]
+    return json_answer(listed)
 
 
 @route("GET", "/openai/v1/models/<name:path>", answer=OpenAIModel, errors=(UnknownModel, BackendUnavailable))
@@ -9302,7 +9373,7 @@ def answered(server: Server, router: bottle.Router, head: Head, request_id: str)
         guard(server.config, head)
     if is_preflight(head):
         return Answer((), 204, headers=preflight_headers(server.config, head))
-    entry, name = matched(router, head.method, routed_path(head))
+    entry, name = matched(router, head)
     check_type(head)
     body = read_body(entry, read_json(head.environ, server.config)) if entry.body else None
     query = check(entry.query, read_query(head.environ, entry.query), "query") if entry.query else None
@@ -9325,18 +9396,25 @@ def routed_path(head: Head) -> str:
     return head.path
 
 
-def matched(router: bottle.Router, method: str, path: str) -> Tuple[Route, str]:
+def matched(router: bottle.Router, head: Head) -> Tuple[Route, str]:
     """The route of a path, and the part of the path that it leaves open."""
+    method, path = head.method, routed_path(head)
     try:
         entry, parts = router.match({"REQUEST_METHOD": method, "PATH_INFO": path})
     except bottle.HTTPError as error:
         shown = path if len(path) <= LONGEST_LOGGED else path[:LONGEST_LOGGED] + "..."
         if error.status_code == 405:
-            methods = error.headers["Allow"].split(",")
-            allow = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
-            raise MethodNotAllowed(f"{shown} takes {allow}, not {method}", allow) from None
+            raise not_taken(head, shown, error.headers["Allow"].split(",")) from None
         raise NotFound(f"there is no {shown}{nearest(path, router.builder)}") from None  # its keys are the patterns
     return entry, parts.get("name", "")
+
+
+def not_taken(head: Head, shown: str, methods: List[str]) -> ClinvkError:
+    """Of a path that takes these methods, and not that of the request."""
+    allow = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
+    if head.method == "GET" and head.get("Upgrade").lower() == "websocket":
+        return NoWebSocket(f"{shown} is no websocket: send {allow}, and have the answer streamed")
+    return MethodNotAllowed(f"{shown} takes {allow}, not {head.method}", allow)
 
 
 def read_json(environ: Json, config: Config) -> Any:

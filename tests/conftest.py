@@ -98,6 +98,7 @@ NAMES: Dict[int, Tuple[str, Optional[str], str]] = {
     408: ("invalid_request_error", "request_timeout", "invalid_request_error"),
     413: ("invalid_request_error", "request_too_large", "request_too_large"),
     415: ("invalid_request_error", None, "invalid_request_error"),
+    426: ("invalid_request_error", None, "invalid_request_error"),
     431: ("invalid_request_error", "request_header_fields_too_large", "invalid_request_error"),
     429: ("rate_limit_error", "rate_limit_exceeded", "rate_limit_error"), 500: ("api_error", None, "api_error"),
     502: ("api_error", "backend_failed", "api_error"), 503: ("api_error", "backend_unavailable", "overloaded_error"),

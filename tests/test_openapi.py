@@ -178,6 +178,7 @@ CHAT: Dict[str, Any] = {"model": "echo", "messages": MESSAGES}
     ("POST", "/anthropic/v1/messages", {**CHAT, "max_tokens": 9, "model": "failing"}),
     ("POST", "/anthropic/v1/messages", {**CHAT, "max_tokens": 9, "model": "failing", "stream": True}),
     ("POST", "/anthropic/v1/messages/count_tokens", CHAT), ("GET", "/openai/v1/models", None),
+    ("GET", "/openai/v1/models?client_version=1", None),
     ("GET", "/anthropic/v1/models", None), ("GET", "/api/v1/backends", None), ("GET", "/api/v1/sessions", None),
     ("GET", "/api/v1/sessions?limit=x", None), ("GET", "/health", None), ("GET", "/", None),
     ("GET", "/openai/v1/models/echo", None), ("GET", "/anthropic/v1/models/echo", None),
