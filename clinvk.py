@@ -1167,7 +1167,7 @@ def choice(word: str, verdicts: List[Verdict], at: Place) -> Verdict:
         return Verdict([], known)
     near = [verdict.faults for verdict in verdicts if all(fault.at != at for fault in verdict.faults)]
     if near:
-        return Verdict(near[0])
+        return Verdict(min(near, key=len))
     messages = dict.fromkeys(fault.message for verdict in verdicts for fault in verdict.faults if fault.at == at)
     return Verdict([Fault(at, ", or ".join([*messages][:FAULTS_TOLD]))])
 
