@@ -241,9 +241,12 @@ def check_text_stream(data: List[Any], *, include_usage: bool = False) -> List[H
         for choice in chunk["choices"]:
             typed(choice, {"text": str, "index": int, "finish_reason": (*COMPLETED, None), "logprobs": None})
             before = found.get(choice["index"], Heard())
-            assert before.reason is None and choice["index"] <= len(found), choice
+            assert before.reason is None, choice
             found[choice["index"]] = before._replace(text=before.text + choice["text"], reason=choice["finish_reason"])
-    assert found and bool(usage) == (include_usage and failed is None), "usage"
+    assert bool(usage) == (include_usage and failed is None), "usage"
+    if failed is not None and not found:
+        return [Heard(failed=failed)]
+    assert found.keys() == set(range(len(found))) and found, found
     assert failed is not None or all(heard.reason for heard in found.values()), "no finish_reason"
     return [found[index]._replace(usage=usage, failed=failed) for index in sorted(found)]
 
@@ -265,12 +268,12 @@ MORE_OF_ITEMS: Dict[str, Json] = {
     "message": {}, "function_call": {}, "reasoning": {"status": str, "content": list,
                                                       "encrypted_content": (str, NOTHING)}}
 KEPT_ALIVE = ("keepalive", "response.in_progress")  # what may come again in silence
-FAILURE_CODES = ("server_error", "rate_limit_exceeded", "invalid_prompt")  # of OpenAI's list, those for text
 
 
 def responses_usage(usage: Any) -> Counts:
-    flat = counts(usage, "input_tokens", "output_tokens", "total_tokens",
-                  input_tokens_details=("cached_tokens", "cache_write_tokens"),
+    within = tuple(usage["input_tokens_details"])
+    assert within in (("cached_tokens",), ("cached_tokens", "cache_write_tokens")), usage
+    flat = counts(usage, "input_tokens", "output_tokens", "total_tokens", input_tokens_details=within,
                   output_tokens_details=("reasoning_tokens",))
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"], usage
     return flat
@@ -310,23 +313,25 @@ def check_response(response: Any) -> List[Heard]:
     assert bool(response["incomplete_details"]) == (status == "incomplete"), response
     failed, reason = None, status
     if status == "failed":
-        error = typed(response["error"], {"code": FAILURE_CODES, "message": str}, {"type": str, "param": NOTHING})
+        error = typed(response["error"], {"code": str, "message": str}, {"type": str, "param": NOTHING})
+        assert error["code"] and error["message"], error
         failed = error["message"]
     elif status == "incomplete":
         reason = typed(response["incomplete_details"], {"reason": ("max_output_tokens", "content_filter")})["reason"]
     usage = responses_usage(response["usage"]) if status != "failed" or response["usage"] else ()
-    texts, thoughts, refusals, calls = [], [], [], []
     for item in response["output"]:
         check_item(item, "completed" if status == "completed" else item.get("status"))
-        if item["type"] == "message":
-            texts += [part["text"] for part in item["content"] if part["type"] == "output_text"]
-            refusals += [part["refusal"] for part in item["content"] if part["type"] == "refusal"]
-        elif item["type"] == "reasoning":
-            thoughts += [part["text"] for part in [*item["summary"], *item.get("content", [])]]
-        else:
-            calls.append((item["call_id"], item["name"], item["arguments"]))
     assert len({item["id"] for item in response["output"]}) == len(response["output"]), "ids"
-    return [Heard("".join(texts), "".join(thoughts), "".join(refusals), tuple(calls), reason, usage, failed)]
+    return [said_in(response["output"])._replace(reason=reason, usage=usage, failed=failed)]
+
+
+def said_in(output: List[Json]) -> Heard:
+    """What the items of an output say."""
+    found = [part for item in output for part in [*item.get("summary", []), *item.get("content", [])]]
+    texts = {kind: "".join(part[field] for part in found if part["type"] == kind) for kind, field in (
+        ("output_text", "text"), ("refusal", "refusal"), ("summary_text", "text"), ("reasoning_text", "text"))}
+    calls = [(item["call_id"], item["name"], item["arguments"]) for item in output if item["type"] == "function_call"]
+    return Heard(texts["output_text"], texts["summary_text"] + texts["reasoning_text"], texts["refusal"], tuple(calls))
 
 
 class Output:
@@ -438,9 +443,10 @@ def check_responses_stream(events: List[Json]) -> List[Heard]:
     typed(last, {"type": f"response.{last['response']['status']}", "sequence_number": int, "response": dict})
     [heard] = check_response(last["response"])
     assert last["response"]["id"] == created["response"]["id"], last
-    if heard.failed is None:
-        assert not output.open, last
-        assert without_logprobs(last["response"]["output"]) == without_logprobs(output.items), last
+    if heard.failed is not None:
+        return [said_in(output.items)._replace(failed=heard.failed)]
+    assert not output.open, last
+    assert without_logprobs(last["response"]["output"]) == without_logprobs(output.items), last
     return [heard]
 
 

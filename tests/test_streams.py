@@ -5,14 +5,17 @@ import json
 from typing import Any, Callable, List, NamedTuple, Tuple, Type
 
 import pytest
-from clinvk import (Anthropic, Asked, BackendAuth, BackendFailed, Done, Event, Failure, Init, Message, OpenAI, Progress,
-                    RateLimited, Renderer, Thinking, TimedOut, TokenUsage, ToolResult, ToolUse, Usage, collect)
+from clinvk import (Anthropic, Asked, BackendAuth, BackendFailed, Completions, Done, Event, Failure, Init, Message,
+                    OpenAI, Progress, RateLimited, Refusal, Renderer, Responses, Thinking, TimedOut, Told, TokenUsage,
+                    ToolResult, ToolUse, Usage, collect)
+from conftest import Client, told
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strict import (Heard, check_anthropic_error, check_anthropic_stream, check_chat_stream, check_completion,
-                    check_message, check_openai_error, data_of, events_of)
+                    check_message, check_openai_error, check_response, check_responses_stream, check_text_completion,
+                    check_text_stream, data_of, events_of)
 
-MODEST = settings(max_examples=120, deadline=None, derandomize=True, database=None,
+MODEST = settings(max_examples=50, deadline=None, derandomize=True, database=None,
                   suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
@@ -40,8 +43,9 @@ DONE = st.one_of(st.builds(Done, st.just(0), stop=st.sampled_from(["end", "lengt
 
 
 @st.composite
-def runs(draw: Callable[..., Any]) -> List[Event]:
-    """A run's events: the first text opens a message, a Failure is followed by the Done, which is the last."""
+def runs(draw: Callable[..., Any], *, fails: bool = True) -> List[Event]:
+    """A run's events: the first text opens a message, a Refusal stands in place of all text, a Failure is followed by
+    the Done, which is the last."""
     events: List[Event] = [Init("model", "id", "/")] if draw(st.booleans()) else []
     for step in draw(st.lists(STEP, max_size=8)):
         events += step
@@ -50,42 +54,65 @@ def runs(draw: Callable[..., Any]) -> List[Event]:
         first = events[texts[0]]
         assert isinstance(first, Message)
         events[texts[0]] = Message(first.text, first.is_partial, opens=True)
-    return [*events, *([Failure(draw(ERROR)), Done(draw(st.sampled_from([1, -1])))] if draw(st.booleans())
-                       else [draw(DONE)])]
+    end = draw(st.sampled_from(["done", "refused", "failed"] if fails else ["done", "refused"]))
+    if end == "failed":
+        return [*events, Failure(draw(ERROR)), Done(draw(st.sampled_from([1, -1])))]
+    if end == "refused":
+        return [*(event for event in events if not isinstance(event, Message)), Refusal(draw(TEXT)), Done(0)]
+    return [*events, draw(DONE)]
 
 
 # ---- The APIs
 
 class Api(NamedTuple):
-    """A renderer, how its stream is read, and what is demanded of its answers. With OpenAI's responses in clinvk:
-    Api(Responses, events_of, check_responses_stream, check_response, check_openai_error)."""
+    """A renderer, how its stream is read, and what is demanded of its answers."""
     renderer: Type[Renderer]
     read: Callable[[bytes], List[Any]]
     check_stream: Callable[..., List[Heard]]
     check_whole: Callable[[Any], List[Heard]]
     check_error: Callable[[Any], str]
+    path: str
 
-    def stream(self, events: List[Event], **asked: Any) -> List[Any]:
-        return self.read(b"".join(self.renderer(Asked("model", **asked)).stream(iter(events))))
+    @property
+    def asks_for_usage(self) -> bool:
+        """Whether a stream tells the usage only if it was asked for."""
+        return self.read is data_of
 
-    def whole(self, events: List[Event], **asked: Any) -> Any:
-        return json.loads(b"".join(self.renderer(Asked("model", **asked)).whole(collect(iter(events)))))
+    def streamed(self, events: List[Told], **asked: Any) -> List[Heard]:
+        wants = {"include_usage": True} if self.asks_for_usage else {}
+        body = b"".join(self.renderer(Asked("model", **asked, **wants)).stream(iter(events)))
+        return self.check_stream(self.read(body), **wants)
+
+    def whole(self, *runs: List[Event], **asked: Any) -> List[Heard]:
+        results = [collect(iter(events)) for events in runs]
+        return self.check_whole(json.loads(b"".join(self.renderer(Asked("model", **asked)).whole(results))))
 
 
-APIS = [Api(OpenAI, data_of, check_chat_stream, check_completion, check_openai_error),
-        Api(Anthropic, events_of, check_anthropic_stream, check_message, check_anthropic_error)]
-EACH = pytest.mark.parametrize("api", APIS, ids=[api.renderer.name for api in APIS])
+CHAT = Api(OpenAI, data_of, check_chat_stream, check_completion, check_openai_error, "/openai/v1/chat/completions")
+TEXTS = Api(Completions, data_of, check_text_stream, check_text_completion, check_openai_error,
+            "/openai/v1/completions")
+RESPONSES = Api(Responses, events_of, check_responses_stream, check_response, check_openai_error,
+                "/openai/v1/responses")
+MESSAGES = Api(Anthropic, events_of, check_anthropic_stream, check_message, check_anthropic_error,
+               "/anthropic/v1/messages")
+APIS = [CHAT, TEXTS, RESPONSES, MESSAGES]
+EACH = pytest.mark.parametrize("api", APIS, ids=[api.path for api in APIS])
 
 
-def said_by(events: List[Event]) -> Tuple[str, str]:
-    """Text and thoughts, as every compat API tells them: a blank line before each further message."""
-    text = thoughts = ""
+def said_by(events: List[Event], api: Api) -> Tuple[str, str, str]:
+    """Text, thoughts and refusal, as the API tells them: a blank line before each further message. Completions have
+    text alone; Anthropic's refusals are text."""
+    texts = {Message: "", Thinking: "", Refusal: ""}
     for event in events:
-        if isinstance(event, Message):
-            text += ("\n\n" if event.opens and text else "") + event.text
-        elif isinstance(event, Thinking):
-            thoughts += event.text
-    return text, thoughts
+        if isinstance(event, Message) and event.opens and texts[Message]:
+            texts[Message] += "\n\n"
+        if isinstance(event, (Message, Thinking, Refusal)):
+            texts[type(event)] += event.text
+    if api is TEXTS:
+        return texts[Message], "", ""
+    if api is MESSAGES:
+        return texts[Message] + texts[Refusal], texts[Thinking], ""
+    return texts[Message], texts[Thinking], texts[Refusal]
 
 
 @EACH
@@ -93,24 +120,52 @@ def said_by(events: List[Event]) -> Tuple[str, str]:
 @given(events=runs(), characters=st.integers(0, 100))
 def test_a_stream_is_what_strict_clients_demand_and_says_what_a_whole_answer_says(api: Api, events: List[Event],
                                                                                   characters: int) -> None:
-    asked = {"include_usage": True} if api.check_stream is check_chat_stream else {}
-    [heard] = api.check_stream(api.stream(events, characters=characters, **asked), **asked)
-    assert (heard.text, heard.thoughts) == said_by(events)
+    [heard] = api.streamed(list(told(events)), characters=characters)
+    assert (heard.text, heard.thoughts, heard.refusal) == said_by(events, api)
     failures = [event for event in events if isinstance(event, Failure)]
     if failures:
         assert heard.failed == failures[0].error.whole and heard.reason is None
     else:
-        assert [heard] == api.check_whole(api.whole(events, characters=characters))
+        assert [heard] == api.whole(events, characters=characters)
 
 
+@pytest.mark.parametrize("api", [CHAT, TEXTS], ids=["chat", "completions"])
+@MODEST
+@given(runs=st.lists(runs(fails=False), min_size=2, max_size=3), order=st.randoms(use_true_random=False))
+def test_the_choices_of_several_runs_are_what_strict_clients_demand(api: Api, runs: List[List[Event]],
+                                                                    order: Any) -> None:
+    """The events of the runs come in any order."""
+    turns = [index for index, events in enumerate(runs) for _ in events]
+    order.shuffle(turns)
+    left = [iter(events) for events in runs]
+    heard = api.streamed([Told(index, next(left[index])) for index in turns], answers=len(runs))
+    assert heard == api.whole(*runs, answers=len(runs))
+    assert [(choice.text, choice.thoughts, choice.refusal) for choice in heard] == [
+        said_by(events, api) for events in runs]
+
+
+@pytest.mark.parametrize("api", [CHAT, TEXTS], ids=["chat", "completions"])
 @MODEST
 @given(events=runs())
-def test_a_chat_stream_is_as_strict_clients_demand_also_without_usage(events: List[Event]) -> None:
-    [heard] = check_chat_stream(APIS[0].stream(events))
-    assert (heard.text, heard.usage) == (said_by(events)[0], ())
+def test_a_stream_is_what_strict_clients_demand_also_if_they_do_not_ask_for_usage(api: Api,
+                                                                                  events: List[Event]) -> None:
+    [heard] = api.check_stream(data_of(b"".join(api.renderer(Asked("model")).stream(told(events)))))
+    assert (heard.text, heard.usage) == (said_by(events, api)[0], ())
 
 
 @EACH
 @pytest.mark.parametrize("error", [BackendFailed("boom"), BackendAuth("log in"), RateLimited("slow"), TimedOut("late")])
 def test_an_error_is_what_strict_clients_demand(error: Any, api: Api) -> None:
     assert api.check_error(json.loads(json.dumps(api.renderer.error(error, "request")))) == str(error)
+
+
+@EACH
+def test_the_server_itself_answers_as_strict_clients_demand(api: Api, client: Client) -> None:
+    prompt = "one two"
+    body = {"model": "echo", "max_tokens": 9, "input": prompt, "prompt": prompt, "messages": [
+        {"role": "user", "content": prompt}], "stream_options": {"include_usage": True}}
+    wants = {"include_usage": True} if api.asks_for_usage else {}
+    streamed = client.call("POST", api.path, {**body, "stream": True})
+    [heard] = api.check_stream(api.read(streamed.body), **wants)
+    assert [heard] == api.check_whole(client.call("POST", api.path, body).json) and heard.text == prompt
+    assert api.check_error(client.call("POST", api.path, {**body, "model": "nothing-known"}).json)

@@ -31,7 +31,7 @@ function counts({ inputTokens, outputTokens, totalTokens, cachedInputTokens, rea
 
 async function streamed(given) {
   const pieces = [], thoughts = [], errors = []
-  const stream = streamText({ maxRetries: 0, ...given, onError: () => {} })
+  const stream = streamText({ ...given, onError: () => {} })
   for await (const part of stream.fullStream) {
     if (part.type === "text-delta") pieces.push(part.text)
     if (part.type === "reasoning-delta") thoughts.push(part.text)
@@ -51,7 +51,7 @@ async function streamedObject(given) {
 
 function casesOf(way, model) {
   const structured = (name) => model(way === "anthropic" ? KNOWN[name] : name)
-  const text = async (given) => (await generateText({ maxRetries: 0, ...given })).text
+  const text = async (given) => (await generateText(given)).text
   const cases = {
     "text": async () => {
       const { text, finishReason, usage } = await generateText({ model: model("echo"), prompt: PROMPT })
@@ -79,7 +79,7 @@ function casesOf(way, model) {
     "object streamed": () => streamedObject({ model: structured("person"), schema: PERSON, prompt: PROMPT }),
     "output": async () => (await generateText({ model: structured("person"), prompt: PROMPT,
                                                 output: Output.object({ schema: PERSON }) })).output,
-    "no object": () => generateObject({ model: structured("prose"), schema: PERSON, prompt: PROMPT, maxRetries: 0 }),
+    "no object": () => generateObject({ model: structured("prose"), schema: PERSON, prompt: PROMPT }),
     "image": () => text({ model: model("claude"), messages: IMAGE }),
   }
   return Object.fromEntries(Object.entries(cases).map(([name, run]) => [`${way}: ${name}`, run]))
