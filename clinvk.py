@@ -2338,10 +2338,11 @@ class MessagesRequest(Compat):
         refuse_forced(self.tool_choice.type, self.tools)
         thinking = self.thinking or ThinkingParam()
         system = Turn("system", content_pieces(self.system))
+        wanted = self.output_config.format.wanted
         return [self.prompt_request(
             config, [message.turn() for message in self.messages], system_prompt=system_text([system]),
             max_tokens=self.max_tokens, effort=self.output_config.effort, thinking_tokens=thinking.tokens,
-            schema=self.output_config.format.wanted or self.output_format.wanted)]
+            schema=self.output_format.wanted if wanted is None else wanted)]
 
     def ignored(self) -> List[str]:
         return [*(["tools"] if self.tools and self.tool_choice.type != "none" else []), *self.unknown]
