@@ -7586,9 +7586,11 @@ def overlap(stops: Sequence[str], text: str) -> int:
 
 # ---- Structured output
 
-def fitted(events: Events, schema: Json, again: Optional[Callable[[str, str], Events]]) -> Events:
+def fitted(events: Events, schema: Json, stops: Sequence[str],
+           again: Optional[Callable[[str, str], Events]]) -> Events:
     """`events` with an answer that is JSON as `schema` describes it, told at once when it is whole; else a Refusal.
-    What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs."""
+    What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs. An
+    answer that has been cut, at one of `stops` or at max_tokens, need not fit."""
     used: Optional[Usage] = None
     for last in (again is None, True):
         result = Result()
@@ -7598,12 +7600,15 @@ def fitted(events: Events, schema: Json, again: Optional[Callable[[str, str], Ev
                 if not isinstance(event, (Message, TokenUsage, Done)):
                     yield event
         used = used + result.usage if used and result.usage else result.usage or used
-        text, fault = fitting(result.text, schema) if result.done.stop == "end" else (result.text, "")
-        if result.failure or not fault or last:
-            if not result.failure:
-                yield Message(text, opens=True) if not fault else Refusal(refusal_for(text, fault))
+        text, stop = split_at(stops, result.text)
+        done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
+        text, fault = fitting(text, schema)
+        fits = not fault or done.stop != "end"
+        if fits or last or result.failure or result.refusal is not None:
+            if not result.failure and result.refusal is None:
+                yield Message(text, opens=True) if fits else Refusal(refusal_for(text, fault))
             yield from [TokenUsage(used)] if used else []
-            yield result.done
+            yield done
             return
         yield Progress("repairing", "the answer does not fit its JSON Schema, and is asked for once more")
         assert again
@@ -8190,8 +8195,8 @@ class Server:
             one = Ran(request.backend, request=request)
             ran.append(one)
             events = run(request, self.backend(request.backend), self.spares, self.slots, stop, one, admitted=admitted)
-            return observed(cut_at(request.stops, events) if request.stops else events, one, stop,
-                            self.metrics.run_ended)
+            cut = cut_at(request.stops, events) if request.stops and schema is None else events
+            return observed(cut, one, stop, self.metrics.run_ended)
 
         def again(answer: str, text: str) -> Events:
             return run_of(replied(request, answer, text), admitted=True)
@@ -8202,7 +8207,7 @@ class Server:
         if schema is None:
             return started
         only_once = request.keeps or isinstance(backend, InProcess)
-        return started._replace(events=fitted(started.events, schema, None if only_once else again))
+        return started._replace(events=fitted(started.events, schema, request.stops, None if only_once else again))
 
     def in_session(self, request: Settled, found: Optional[Session], run_of: Callable[[Settled], Events],
                    ignored: List[str]) -> Started:
