@@ -3066,6 +3066,7 @@ class Claude(JsonLines):
     AGENT = "clinvk-9e41"  # nobody's own: it would be taken in place of ours
     RETRIES_OF_429 = 2  # about 4 s; after that the provider means it
     SCHEMA_TOOL = "StructuredOutput"  # claude's own, which its model calls with the answer
+    SCHEMA_UNMET = "error_max_structured_output_retries"  # the result, if it has not done that well in five tries
     # What its strict validator knows. With any other word in a schema the tool is silently not there.
     SCHEMA_WORDS = frozenset("""
         type enum const properties required additionalProperties patternProperties propertyNames minProperties
@@ -3288,8 +3289,10 @@ class Claude(JsonLines):
         if "structured_output" in message:
             yield Message(json.dumps(message["structured_output"], ensure_ascii=False), opens=True)
         broken = message.get("stop_reason") is None and not claude_models(own) and message.get("num_turns")
-        failed = bool(message.get("is_error"))
-        if failed:
+        failed = bool(message.get("is_error")) and message.get("subtype") != self.SCHEMA_UNMET
+        if message.get("subtype") == self.SCHEMA_UNMET:
+            yield Refusal(text)
+        elif failed:
             yield Failure(self.error(message.get("api_error_status"), text))
         elif broken:
             failed = True
