@@ -7632,12 +7632,19 @@ def fitting(text: str, schema: Json) -> Tuple[str, str]:
     return (text, "; ".join(wrong)) if wrong else (json_text, "")
 
 
-def told_schema(request: Settled, schema: Json, backend: Backend) -> Settled:
-    """With the schema as the backend takes it, or in words."""
-    own = backend.schema_for(schema)
-    words = [] if own else [AS_JSON.format(json.dumps(schema, ensure_ascii=False))]
-    system_prompt = PARAGRAPH.join(part for part in (request.system_prompt, *words) if part)
-    return dataclasses.replace(request, schema=own, system_prompt=system_prompt)
+def told_schema(request: Settled, backend: Backend) -> Settled:
+    """With the schema, if it has one, as the backend takes it; or in words: in the system prompt, but where the CLI has
+    that from the conversation's first turn."""
+    if request.schema is None:
+        return request
+    own = backend.schema_for(request.schema)
+    if own is not None:
+        return dataclasses.replace(request, schema=own)
+    words = AS_JSON.format(json.dumps(request.schema, ensure_ascii=False))
+    if request.resume:
+        return dataclasses.replace(request.with_prompt(prompt_of([*request.parts, PARAGRAPH + words])), schema=None)
+    system_prompt = PARAGRAPH.join(part for part in (request.system_prompt, words) if part)
+    return dataclasses.replace(request, schema=None, system_prompt=system_prompt)
 
 
 def refusal_for(text: str, fault: str) -> str:
@@ -8188,10 +8195,8 @@ class Server:
                 dataclasses.replace(request, system_prompt="<system prompt>")
             if request.keeps and not request.resume:
                 shown = dataclasses.replace(shown, resume=backend.new_conversation(), begins=True)
-            return Started(planned(shown, backend), request, ignored)
-        schema = request.schema
-        if schema is not None:
-            request = told_schema(request, schema, backend)
+            return Started(planned(told_schema(shown, backend), backend), request, ignored)
+        schema, request = request.schema, told_schema(request, backend)
 
         def run_of(request: Settled, *, admitted: bool = admitted) -> Events:
             stop.allow(request.timeout_secs)
