@@ -9260,6 +9260,7 @@ def answer_or_error(server: Server, router: bottle.Router, head: Head, request_i
         return answered(server, router, head, request_id)
     except ClinvkError as error:
         known = error
+        known.prompted = known.prompted or any(one.began for one in head.environ[RAN])
     except RecursionError:
         known = BadRequest("the body is nested too deep")
     except Exception:
