@@ -2144,7 +2144,7 @@ def one_turn_an_answer(turns: List[Turn]) -> List[Turn]:
     """A call belongs to the turn in which the assistant has said something before it."""
     joined: List[Turn] = []
     for turn in turns:
-        if joined and turn.role == joined[-1].role == "assistant" and turn.pieces[0].tag:
+        if joined and turn.role == joined[-1].role == "assistant" and any(piece.tag for piece in turn.pieces[:1]):
             joined[-1] = joined[-1]._replace(pieces=joined[-1].pieces + turn.pieces)
         else:
             joined.append(turn)
@@ -2363,10 +2363,11 @@ class MessagesRequest(Compat):
         refuse_forced(self.tool_choice.type, self.tools)
         thinking = self.thinking or ThinkingParam()
         turns = [Turn("system", content_pieces(self.system)), *(message.turn() for message in self.messages)]
+        wanted = self.output_config.format.wanted
         return [self.prompt_request(
             config, [turn for turn in turns if turn.role not in SYSTEM], system_prompt=system_text(turns),
             max_tokens=self.max_tokens, effort=self.output_config.effort, thinking_tokens=thinking.tokens,
-            schema=self.output_config.format.wanted or self.output_format.wanted)]
+            schema=self.output_format.wanted if wanted is None else wanted)]
 
     def ignored(self) -> List[str]:
         return [*(["tools"] if self.tools and self.tool_choice.type != "none" else []), *self.unknown]
@@ -3092,6 +3093,7 @@ class Claude(JsonLines):
     AGENT = "clinvk-9e41"  # nobody's own: it would be taken in place of ours
     RETRIES_OF_429 = 2  # about 4 s; after that the provider means it
     SCHEMA_TOOL = "StructuredOutput"  # claude's own, which its model calls with the answer
+    SCHEMA_UNMET = "error_max_structured_output_retries"  # the result, if it has not done that well in five tries
     # What its strict validator knows. With any other word in a schema the tool is silently not there.
     SCHEMA_WORDS = frozenset("""
         type enum const properties required additionalProperties patternProperties propertyNames minProperties
@@ -3314,8 +3316,10 @@ class Claude(JsonLines):
         if "structured_output" in message:
             yield Message(json.dumps(message["structured_output"], ensure_ascii=False), opens=True)
         broken = message.get("stop_reason") is None and not claude_models(own) and message.get("num_turns")
-        failed = bool(message.get("is_error"))
-        if failed:
+        failed = bool(message.get("is_error")) and message.get("subtype") != self.SCHEMA_UNMET
+        if message.get("subtype") == self.SCHEMA_UNMET:
+            yield Refusal(text)
+        elif failed:
             yield Failure(self.error(message.get("api_error_status"), text))
         elif broken:
             failed = True
@@ -7648,9 +7652,11 @@ def overlap(stops: Sequence[str], text: str) -> int:
 
 # ---- Structured output
 
-def fitted(events: Events, schema: Json, again: Optional[Callable[[str, str], Events]]) -> Events:
+def fitted(events: Events, schema: Json, stops: Sequence[str],
+           again: Optional[Callable[[str, str], Events]]) -> Events:
     """`events` with an answer that is JSON as `schema` describes it, told at once when it is whole; else a Refusal.
-    What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs."""
+    What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs. An
+    answer that has been cut, at one of `stops` or at max_tokens, need not fit."""
     used: Optional[Usage] = None
     for last in (again is None, True):
         result = Result()
@@ -7660,12 +7666,15 @@ def fitted(events: Events, schema: Json, again: Optional[Callable[[str, str], Ev
                 if not isinstance(event, (Message, TokenUsage, Done)):
                     yield event
         used = used + result.usage if used and result.usage else result.usage or used
-        text, fault = fitting(result.text, schema) if result.done.stop == "end" else (result.text, "")
-        if result.failure or not fault or last:
-            if not result.failure:
-                yield Message(text, opens=True) if not fault else Refusal(refusal_for(text, fault))
+        text, stop = split_at(stops, result.text)
+        done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
+        text, fault = fitting(text, schema)
+        fits = not fault or done.stop != "end"
+        if fits or last or result.failure or result.refusal is not None:
+            if not result.failure and result.refusal is None:
+                yield Message(text, opens=True) if fits else Refusal(refusal_for(text, fault))
             yield from [TokenUsage(used)] if used else []
-            yield result.done
+            yield done
             return
         yield Progress("repairing", "the answer does not fit its JSON Schema, and is asked for once more")
         assert again
@@ -7686,12 +7695,19 @@ def fitting(text: str, schema: Json) -> Tuple[str, str]:
     return (text, "; ".join(wrong)) if wrong else (json_text, "")
 
 
-def told_schema(request: Settled, schema: Json, backend: Backend) -> Settled:
-    """With the schema as the backend takes it, or in words."""
-    own = backend.schema_for(schema)
-    words = [] if own else [AS_JSON.format(json.dumps(schema, ensure_ascii=False))]
-    system_prompt = PARAGRAPH.join(part for part in (request.system_prompt, *words) if part)
-    return dataclasses.replace(request, schema=own, system_prompt=system_prompt)
+def told_schema(request: Settled, backend: Backend) -> Settled:
+    """With the schema, if it has one, as the backend takes it; or in words: in the system prompt, but where the CLI has
+    that from the conversation's first turn."""
+    if request.schema is None:
+        return request
+    own = backend.schema_for(request.schema)
+    if own is not None:
+        return dataclasses.replace(request, schema=own)
+    words = AS_JSON.format(json.dumps(request.schema, ensure_ascii=False))
+    if request.resume:
+        return dataclasses.replace(request.with_prompt(prompt_of([*request.parts, PARAGRAPH + words])), schema=None)
+    system_prompt = PARAGRAPH.join(part for part in (request.system_prompt, words) if part)
+    return dataclasses.replace(request, schema=None, system_prompt=system_prompt)
 
 
 def refusal_for(text: str, fault: str) -> str:
@@ -8242,18 +8258,16 @@ class Server:
                 dataclasses.replace(request, system_prompt="<system prompt>")
             if request.keeps and not request.resume:
                 shown = dataclasses.replace(shown, resume=backend.new_conversation(), begins=True)
-            return Started(planned(shown, backend), request, ignored)
-        schema = request.schema
-        if schema is not None:
-            request = told_schema(request, schema, backend)
+            return Started(planned(told_schema(shown, backend), backend), request, ignored)
+        schema, request = request.schema, told_schema(request, backend)
 
         def run_of(request: Settled, *, admitted: bool = admitted) -> Events:
             stop.allow(request.timeout_secs)
             one = Ran(request.backend, request=request)
             ran.append(one)
             events = run(request, self.backend(request.backend), self.spares, self.slots, stop, one, admitted=admitted)
-            return observed(cut_at(request.stops, events) if request.stops else events, one, stop,
-                            self.metrics.run_ended)
+            cut = cut_at(request.stops, events) if request.stops and schema is None else events
+            return observed(cut, one, stop, self.metrics.run_ended)
 
         def again(answer: str, text: str) -> Events:
             return run_of(replied(request, answer, text), admitted=True)
@@ -8264,7 +8278,7 @@ class Server:
         if schema is None:
             return started
         only_once = request.keeps or isinstance(backend, InProcess)
-        return started._replace(events=fitted(started.events, schema, None if only_once else again))
+        return started._replace(events=fitted(started.events, schema, request.stops, None if only_once else again))
 
     def in_session(self, request: Settled, found: Optional[Session], run_of: Callable[[Settled], Events],
                    ignored: List[str]) -> Started:
@@ -9338,6 +9352,7 @@ def answer_or_error(server: Server, router: bottle.Router, head: Head, request_i
         return answered(server, router, head, request_id)
     except ClinvkError as error:
         known = error
+        known.prompted = known.prompted or any(one.began for one in head.environ[RAN])
     except RecursionError:
         known = BadRequest("the body is nested too deep")
     except Exception:
