@@ -7819,7 +7819,7 @@ def cors_headers(config: Config, head: Head) -> Dict[str, str]:
             "Access-Control-Expose-Headers": EXPOSED_HEADERS, **credentials}
 
 
-EXPOSED_HEADERS = ("X-Request-Id, request-id, X-Clinvk-Backend, X-Clinvk-Ignored, X-Clinvk-Start, "
+EXPOSED_HEADERS = ("X-Request-Id, request-id, X-Clinvk-Backend, X-Clinvk-Model, X-Clinvk-Ignored, X-Clinvk-Start, "
                    "X-Clinvk-Estimate, Retry-After, x-should-retry")
 ALLOWED_HEADERS = ("accept", "authorization", "content-type", "x-api-key", "x-request-id")
 ALLOWED_PREFIXES = ("anthropic-", "x-stainless-", "openai-")
