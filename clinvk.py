@@ -2145,7 +2145,7 @@ def one_turn_an_answer(turns: List[Turn]) -> List[Turn]:
     """A call belongs to the turn in which the assistant has said something before it."""
     joined: List[Turn] = []
     for turn in turns:
-        if joined and turn.role == joined[-1].role == "assistant" and turn.pieces[0].tag:
+        if joined and turn.role == joined[-1].role == "assistant" and any(piece.tag for piece in turn.pieces):
             joined[-1] = joined[-1]._replace(pieces=joined[-1].pieces + turn.pieces)
         else:
             joined.append(turn)
