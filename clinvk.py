@@ -1492,6 +1492,7 @@ class Piece(NamedTuple):
     tag: str = ""
     attributes: Tuple[Tuple[str, str], ...] = ()
     image: Optional[Image] = None
+    holds_marks: bool = False  # its text is part of a transcript already, with elements in it
 
 
 class Turn(NamedTuple):
@@ -1526,7 +1527,7 @@ def as_prompt(turns: List[Turn]) -> Prompt:
 
 def said(turn: Turn) -> Parts:
     """What a turn of a transcript says."""
-    return lines_of(piece.image or marked(piece, escaped) for piece in turn.pieces)
+    return lines_of(piece.image or marked(piece) for piece in turn.pieces)
 
 
 def lines_of(parts: Iterable[Union[str, Image]]) -> Parts:
@@ -1563,9 +1564,9 @@ def key_with(before: str, turn: Turn) -> str:
     return digest(before, turn.role, turn.name, kinds, *(hashlib.sha256(utf8(c)).hexdigest() for c in contents))
 
 
-def marked(piece: Piece, escape: Callable[[str], str]) -> str:
+def marked(piece: Piece) -> str:
     """A piece of text as it stands in a transcript."""
-    text = escape(piece.text)
+    text = piece.text if piece.holds_marks else escaped(piece.text)
     return f"<{piece.tag}{attributes_text(piece.attributes)}>{text}</{piece.tag}>" if piece.tag else text
 
 
@@ -1630,8 +1631,8 @@ def pieces_text(pieces: Iterable[Piece]) -> str:
 
 def tool_result(pieces: List[Piece], *attributes: Tuple[str, str]) -> List[Piece]:
     """What a tool has answered; images follow its text."""
-    text = "\n".join(marked(piece, str) for piece in pieces if not piece.image)
-    return [Piece(text, "tool_result", attributes), *(piece for piece in pieces if piece.image)]
+    text = "\n".join(marked(piece) for piece in pieces if not piece.image)
+    return [Piece(text, "tool_result", attributes, holds_marks=True), *(piece for piece in pieces if piece.image)]
 
 
 SYSTEM = ("system", "developer")  # roles whose turns are the system prompt
@@ -2144,7 +2145,7 @@ def one_turn_an_answer(turns: List[Turn]) -> List[Turn]:
     """A call belongs to the turn in which the assistant has said something before it."""
     joined: List[Turn] = []
     for turn in turns:
-        if joined and turn.role == joined[-1].role == "assistant" and any(piece.tag for piece in turn.pieces[:1]):
+        if joined and turn.role == joined[-1].role == "assistant" and any(piece.tag for piece in turn.pieces):
             joined[-1] = joined[-1]._replace(pieces=joined[-1].pieces + turn.pieces)
         else:
             joined.append(turn)
