@@ -12,22 +12,15 @@ from typing import Any, Callable, Dict, Iterator, NamedTuple, Sequence
 
 import pytest
 
-import clinvk
 import labkit
 from labkit import KEY, NOWHERE, Cli, Json, Lab, environment, installed, make_home, texts
 
 pytestmark = pytest.mark.lab
 lab = labkit.lab  # the fixture
 
-RESPONSES = pytest.mark.skipif(not hasattr(clinvk, "ResponsesRequest"), reason="Codex asks /responses only")
-CLAUDE_TO_CODEX = pytest.param("claude", "codex", id="claude-codex")
-NEW_CLAUDE_TO_GEMINI = pytest.param("claude 2.1.331", "gemini", id="claude 2.1.331-gemini")
-CODEX_TO_CLAUDE = pytest.param("codex", "claude/sonnet", marks=RESPONSES, id="codex-claude")
-CODEX_TO_CODEX = pytest.param("codex", "codex", marks=RESPONSES, id="codex-codex")
-CODEX_TO_GEMINI = pytest.param("codex", "gemini", marks=RESPONSES, id="codex-gemini")
 APIS = {"claude/sonnet": "anthropic", "codex": "responses", "gemini": "gemini"}  # model -> what the stub is asked by
 STREAM_JSON = ["--output-format", "stream-json", "--verbose", "--include-partial-messages"]
-AT_MOST = 30.0  # seconds for a turn, after which the client is killed
+AT_MOST = 60.0  # seconds for a turn, after which the client is killed
 
 
 class Said(NamedTuple):
@@ -148,7 +141,8 @@ def nothing_asked_yet(server: Cli) -> None:
     server.lab.forget()
 
 
-@pytest.mark.parametrize("client, model", [CLAUDE_TO_CODEX, NEW_CLAUDE_TO_GEMINI, CODEX_TO_CLAUDE, CODEX_TO_GEMINI])
+@pytest.mark.parametrize("client, model", [
+    ("claude", "codex"), ("claude 2.1.331", "gemini"), ("codex", "claude/sonnet"), ("codex", "gemini")])
 def test_the_cli_that_the_model_names_holds_the_conversation(
         server: Cli, clients: Callable[[str], Client], client: str, model: str) -> None:
     desk, prompt, answer = clients(client), "Mark the word:\n你好 “plover” 🚀", "STUB[你好 “plover” 🚀]"
@@ -163,7 +157,7 @@ def test_the_cli_that_the_model_names_holds_the_conversation(
         assert sum(text.count(said) for text in texts(second["body"])) == 1, said
 
 
-@pytest.mark.parametrize("client, model", [CLAUDE_TO_CODEX, CODEX_TO_CODEX])
+@pytest.mark.parametrize("client, model", [("claude", "codex"), ("codex", "codex")])
 def test_the_client_shows_the_text_while_the_provider_is_still_sending(
         clients: Callable[[str], Client], client: str, model: str) -> None:
     told = clients(client).stream("!slow 10", model)  # 10 pieces in 1 s
@@ -172,17 +166,14 @@ def test_the_client_shows_the_text_while_the_provider_is_still_sending(
 
 
 @pytest.mark.parametrize("prompt, reason", [("!error 429", "429"), ("!error 401", "not logged in")])
-@pytest.mark.parametrize("client, model", [CLAUDE_TO_CODEX, CODEX_TO_CODEX])
+@pytest.mark.parametrize("client, model", [("claude", "codex"), ("codex", "codex")])
 def test_a_failed_run_is_told_to_the_user_and_not_repeated(
         server: Cli, clients: Callable[[str], Client], client: str, model: str, prompt: str, reason: str) -> None:
-    began = time.monotonic()
     told = clients(client).ask(prompt, model)
     assert (told.code, told.text) == (1, "") and reason in told.error
-    assert time.monotonic() - began < 20
     assert [entry["api"] for entry in server.lab.asked] == [APIS[model]]
 
 
-@RESPONSES
 def test_codex_does_not_repeat_a_failed_run_behind_a_program_of_another_name_either(
         server: Cli, clients: Callable[[str], Client]) -> None:
     told = clients("codex").stream("!error 429", "codex")
