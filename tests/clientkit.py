@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple
+from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple
 
 import pytest
 from conftest import Served, executable, interpreter, serving
 
 FOLDER = Path(__file__).parent / "clients"
 Json = Dict[str, Any]
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="  # as base64
 NOWHERE = "http://127.0.0.1:9"  # no one listens there
 
 
@@ -53,6 +54,18 @@ def surroundings(home: Path) -> Dict[str, str]:
     all but this machine: what a client would fetch or tell elsewhere fails at once."""
     return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "HTTP_PROXY": NOWHERE,
             "HTTPS_PROXY": NOWHERE, "NO_PROXY": "127.0.0.1,localhost", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+
+
+# ---- What clinvk can do
+
+# Of: completions (/openai/v1/completions), images, n (more than one choice), responses (/openai/v1/responses), schemas
+# (response_format, output_format, text.format), tools (tool_choice "required" also where there are none). Tests of what
+# is not here are skipped.
+THERE: FrozenSet[str] = frozenset()
+
+
+def needs(*features: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not THERE.issuperset(features), reason=f"clinvk has no {' and '.join(features)} yet")
 
 
 # ---- What answers
@@ -104,6 +117,8 @@ for line in sys.stdin:
         show(type="control_response", response={"subtype": "success", "request_id": message["request_id"]})
         continue
     text = " | ".join(map(named, message["message"]["content"]))
+    if "do:json" in text:
+        text = '{"name": "Ada", "age": 36}'
     event(type="message_start", message={"id": "m", "model": "claude-scripted"})
     event(type="content_block_delta", delta={"type": "text_delta", "text": text})
     event(type="message_delta", delta={"stop_reason": "end_turn"})

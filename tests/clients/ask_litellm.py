@@ -75,6 +75,12 @@ def schema(way: str) -> Json:
     return Person.model_validate_json(answer.choices[0].message.content).model_dump()
 
 
+def known_schema(way: str) -> Json:
+    """With a name that litellm knows it sends the schema; with others a tool that the model must call."""
+    answer = ask(way, WHO, "claude-opus-4-5", response_format=Person)
+    return Person.model_validate_json(answer.choices[0].message.content).model_dump()
+
+
 def json_object(way: str) -> Json:
     answer = ask(way, WHO, "scripted", response_format={"type": "json_object"})
     return Person.model_validate_json(answer.choices[0].message.content).model_dump()
@@ -106,5 +112,5 @@ def completions(way: str) -> str:
 
 
 tell(["openai", "anthropic"], [whole, stream, system, conversation, failure, failure_streamed, typo, tools,
-                               forced_tool, reasoning, schema, json_object, image, responses, responses_stream,
-                               responses_schema, completions])
+                               forced_tool, reasoning, schema, known_schema, json_object, image, responses,
+                               responses_stream, responses_schema, completions])

@@ -84,6 +84,11 @@ def native(way: str) -> Json:
     return agent(way, "scripted", output_type=NativeOutput(Person)).run_sync(WHO).output.model_dump()
 
 
+def known_native(way: str) -> Json:
+    """pydantic-ai sends Anthropic a schema only for a model that it knows."""
+    return agent(way, "claude-opus-4-5", output_type=NativeOutput(Person)).run_sync(WHO).output.model_dump()
+
+
 def prompted(way: str) -> Json:
     return agent(way, "scripted", output_type=PromptedOutput(Person)).run_sync(WHO).output.model_dump()
 
@@ -93,4 +98,4 @@ def image(way: str) -> str:
 
 
 tell(["chat", "responses", "anthropic"], [whole, stream, system, conversation, failure, failure_streamed, typo, tools,
-                                          forced_tool, reasoning, native, prompted, image])
+                                          forced_tool, reasoning, native, known_native, prompted, image])
