@@ -20,8 +20,10 @@ def user(text: str) -> ChatMessage:
 
 def whole(way: str) -> Json:
     answer = model(way).chat([user(HELLO)])
-    return {"text": answer.message.content, "role": answer.message.role.value, "model": answer.raw.model,
-            "usage": list(answer.raw.usage.model_dump().values())[:2]}
+    told, usage = answer.message, answer.raw.usage.model_dump()
+    names = ("input_tokens", "output_tokens") if way == "responses" else ("prompt_tokens", "completion_tokens")
+    return {"text": told.content, "role": told.role.value, "model": answer.raw.model,
+            "usage": [usage[name] for name in names]}
 
 
 def complete(way: str) -> str:
