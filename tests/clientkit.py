@@ -44,7 +44,7 @@ def uv(*words: str) -> None:
 def ask(environment: str, script: str, url: str, cases: List[str], home: Path) -> Json:
     """What a script of clients/ has been told in each case."""
     command = [str(installed(environment) / "python"), str(FOLDER / script), url, *cases]
-    done = subprocess.run(command, capture_output=True, text=True, env=surroundings(home), timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings(home), timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
