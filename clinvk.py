@@ -1578,7 +1578,7 @@ def attributes_text(attributes: Iterable[Tuple[str, str]]) -> str:
     return "".join(f" {name}={json.dumps(escaped(value), ensure_ascii=False)}" for name, value in attributes if value)
 
 
-# ---- What the requests of both APIs are made of
+# ---- What the requests of all three APIs are made of
 
 LENIENT = "Accepted and without effect."
 NOT_BLANK = r"[^\s\x1c-\x1f\x85]"  # what str.strip() leaves, also where \s is ECMAScript's
@@ -1623,6 +1623,31 @@ def url_faults(field: str, url: str) -> Iterator[Tuple[str, str]]:
 def image_piece(url: str) -> Piece:
     """`url` is a data URL, or base64 alone."""
     return Piece("", image=image_of(url.rpartition(",")[2]))
+
+
+class Part(Open):
+    """A part of what somebody says."""
+
+    def pieces(self) -> List[Piece]:
+        """It, as it stands in a turn."""
+        raise NotImplementedError
+
+
+def pieces_of(content: Union[None, str, Sequence[Part]]) -> List[Piece]:
+    """What somebody says, in one text or in parts, as it stands in a turn."""
+    if isinstance(content, str):
+        return [Piece(content)]
+    return [piece for part in content or () for piece in part.pieces()]
+
+
+@dataclass(frozen=True)
+class TextPart(Part):
+    """A part of a message: text."""
+    type: str = param(choices=("text",))
+    text: str = param("", free_text=True)
+
+    def pieces(self) -> List[Piece]:
+        return [Piece(self.text)]
 
 
 def pieces_text(pieces: Iterable[Piece]) -> str:
@@ -1736,23 +1761,13 @@ def with_any(*shapes: Json) -> Json:
 # ---- OpenAI: chat completions
 
 @dataclass(frozen=True)
-class TextPart(Open):
-    """A part of a message: text."""
-    type: str = param(choices=("text",))
-    text: str = param("", free_text=True)
-
-    def piece(self) -> Piece:
-        return Piece(self.text)
-
-
-@dataclass(frozen=True)
-class RefusalPart(Open):
+class RefusalPart(Part):
     """A part of a message of the assistant: why it did not answer."""
     type: str = param(choices=("refusal",))
     refusal: str = param("", free_text=True)
 
-    def piece(self) -> Piece:
-        return Piece(self.refusal)
+    def pieces(self) -> List[Piece]:
+        return [Piece(self.refusal)]
 
 
 @dataclass(frozen=True)
@@ -1766,13 +1781,13 @@ class ImageURL(Open):
 
 
 @dataclass(frozen=True)
-class ImagePart(Open):
+class ImagePart(Part):
     """A part of a message: an image."""
     type: str = param(choices=("image_url",))
     image_url: ImageURL = param()
 
-    def piece(self) -> Piece:
-        return image_piece(self.image_url.url)
+    def pieces(self) -> List[Piece]:
+        return [image_piece(self.image_url.url)]
 
 
 @dataclass(frozen=True)
@@ -1790,16 +1805,16 @@ class CalledTool(Open):
 
 
 @dataclass(frozen=True)
-class ToolCall(Open):
+class ToolCall(Part):
     """A call of a client's tool, from an earlier answer."""
     id: str = param("")
     type: str = param("function")
     function: CalledFunction = param(CalledFunction)
     custom: CalledTool = param(CalledTool)
 
-    def piece(self) -> Piece:
+    def pieces(self) -> List[Piece]:
         named = (("id", self.id), ("name", self.function.name or self.custom.name))
-        return Piece(self.function.arguments or self.custom.input, "tool_call", named)
+        return [Piece(self.function.arguments or self.custom.input, "tool_call", named)]
 
 
 @dataclass(frozen=True)
@@ -1815,11 +1830,11 @@ class ChatMessage(Open):
     tool_call_id: str = param("", doc="Of the call that this message of the role `tool` answers.")
 
     def turn(self) -> Turn:
-        pieces = [Piece(self.content)] if isinstance(self.content, str) else [p.piece() for p in self.content or []]
+        pieces = pieces_of(self.content)
         if self.refusal:
             pieces.append(Piece(self.refusal))
         old = [ToolCall(function=self.function_call)] if self.function_call else []
-        pieces += [call.piece() for call in [*self.tool_calls, *old]]
+        pieces += pieces_of([*self.tool_calls, *old])
         if self.role in ("tool", "function"):
             return Turn("tool", tool_result(pieces, ("id", self.tool_call_id), ("name", self.name)))
         return Turn(self.role, pieces, self.name)
@@ -1974,19 +1989,15 @@ class CompletionRequest(Compat):
 # ---- OpenAI: responses
 
 @dataclass(frozen=True)
-class InputText(Open):
+class InputText(TextPart):
     """A part of a message: text."""
     type: str = param(choices=("input_text", "output_text", "text"))
-    text: str = param("", free_text=True)
     annotations: Any = param(None, doc=LENIENT)
     logprobs: Any = param(None, doc=LENIENT)
 
-    def piece(self) -> Piece:
-        return Piece(self.text)
-
 
 @dataclass(frozen=True)
-class InputImage(Open):
+class InputImage(Part):
     """A part of a message: an image."""
     type: str = param(choices=("input_image",))
     image_url: str = param(shape=DATA_URL, doc="data:image/png;base64, and so on.")
@@ -1995,8 +2006,8 @@ class InputImage(Open):
     def faults(self) -> Iterator[Tuple[str, str]]:
         return url_faults("image_url", self.image_url)
 
-    def piece(self) -> Piece:
-        return image_piece(self.image_url)
+    def pieces(self) -> List[Piece]:
+        return [image_piece(self.image_url)]
 
 
 @dataclass(frozen=True)
@@ -2010,8 +2021,7 @@ class InputMessage(Open):
     phase: Any = param(None, doc=LENIENT)
 
     def turn(self) -> Turn:
-        pieces = [Piece(self.content)] if isinstance(self.content, str) else [part.piece() for part in self.content]
-        return Turn(self.role, pieces)
+        return Turn(self.role, pieces_of(self.content))
 
 
 @dataclass(frozen=True)
@@ -2041,8 +2051,8 @@ class OutputItem(Kept):
     whole: Json = internal(dict)
 
     def turn(self) -> Turn:
-        parts = [part.piece() for part in self.output] if isinstance(self.output, list) else [Piece(rest_of(self))]
-        return Turn("tool", tool_result(parts, ("id", self.call_id)))
+        said = self.output if isinstance(self.output, list) else rest_of(self)
+        return Turn("tool", tool_result(pieces_of(said), ("id", self.call_id)))
 
 
 def rest_of(item: Union[CallItem, OutputItem]) -> str:
@@ -2155,15 +2165,10 @@ def one_turn_an_answer(turns: List[Turn]) -> List[Turn]:
 # ---- Anthropic
 
 @dataclass(frozen=True)
-class TextBlock(Open):
+class TextBlock(TextPart):
     """Text."""
-    type: str = param(choices=("text",))
-    text: str = param("", free_text=True)
     citations: Any = param(None, doc=LENIENT)
     cache_control: Any = param(None, doc=LENIENT)
-
-    def pieces(self) -> List[Piece]:
-        return [Piece(self.text)]
 
 
 @dataclass(frozen=True)
@@ -2182,7 +2187,7 @@ class ImageSource(Open):
 
 
 @dataclass(frozen=True)
-class ImageBlock(Open):
+class ImageBlock(Part):
     """An image."""
     type: str = param(choices=("image",))
     source: ImageSource = param()
@@ -2193,7 +2198,7 @@ class ImageBlock(Open):
 
 
 @dataclass(frozen=True)
-class ToolUseBlock(Open):
+class ToolUseBlock(Part):
     """A call of a client's tool, from an earlier answer."""
     type: str = param(choices=("tool_use",))
     id: str = param("")
@@ -2206,7 +2211,7 @@ class ToolUseBlock(Open):
 
 
 @dataclass(frozen=True)
-class ToolResultBlock(Open):
+class ToolResultBlock(Part):
     """What a client's tool answered."""
     type: str = param(choices=("tool_result",))
     tool_use_id: str = param("")
@@ -2216,12 +2221,12 @@ class ToolResultBlock(Open):
     cache_control: Any = param(None, doc=LENIENT)
 
     def pieces(self) -> List[Piece]:
-        return tool_result(content_pieces(self.content), ("id", self.tool_use_id),
+        return tool_result(pieces_of(self.content), ("id", self.tool_use_id),
                            ("error", "true" if self.is_error else ""))
 
 
 @dataclass(frozen=True)
-class ThinkingBlock(Open):
+class ThinkingBlock(Part):
     """Thinking of an earlier answer. It is left out, as in Anthropic's API."""
     type: str = param(choices=("thinking", "redacted_thinking"))
     thinking: str = param("", free_text=True)
@@ -2248,7 +2253,7 @@ class ContentSource(Open):
 
 
 @dataclass(frozen=True)
-class DocumentBlock(Open):
+class DocumentBlock(Part):
     """A document, whose source is text."""
     type: str = param(choices=("document",))
     source: Union[TextSource, ContentSource] = param()
@@ -2259,13 +2264,13 @@ class DocumentBlock(Open):
 
     def pieces(self) -> List[Piece]:
         source = self.source
-        inside = [Piece(source.data)] if isinstance(source, TextSource) else content_pieces(source.content)
+        inside = [Piece(source.data)] if isinstance(source, TextSource) else pieces_of(source.content)
         return [Piece(pieces_text(inside), "document", (("title", self.title), ("context", self.context))),
                 *(piece for piece in inside if piece.image)]
 
 
 @dataclass(frozen=True)
-class SearchResultBlock(Open):
+class SearchResultBlock(Part):
     """What a search of the client's found."""
     type: str = param(choices=("search_result",))
     source: str = param("", free_text=True)
@@ -2275,18 +2280,11 @@ class SearchResultBlock(Open):
     cache_control: Any = param(None, doc=LENIENT)
 
     def pieces(self) -> List[Piece]:
-        return [Piece(pieces_text(content_pieces(self.content)), "document",
+        return [Piece(pieces_text(pieces_of(self.content)), "document",
                       (("title", self.title), ("source", self.source)))]
 
 
 Block = Union[TextBlock, ImageBlock, ToolUseBlock, ToolResultBlock, ThinkingBlock, DocumentBlock, SearchResultBlock]
-
-
-def content_pieces(content: Union[None, str, Sequence[Block]]) -> List[Piece]:
-    """A content as it stands in a prompt."""
-    if content is None or isinstance(content, str):
-        return [Piece(content or "")]
-    return [piece for block in content for piece in block.pieces()]
 
 
 @dataclass(frozen=True)
@@ -2296,7 +2294,7 @@ class MessageParam(Open):
     content: Union[str, List[Block]] = param(free_text=True)
 
     def turn(self) -> Turn:
-        return Turn(self.role, content_pieces(self.content))
+        return Turn(self.role, pieces_of(self.content))
 
 
 @dataclass(frozen=True)
@@ -2363,7 +2361,7 @@ class MessagesRequest(Compat):
     def to_prompts(self, config: Config) -> List[PromptRequest]:
         refuse_forced(self.tool_choice.type, self.tools)
         thinking = self.thinking or ThinkingParam()
-        turns = [Turn("system", content_pieces(self.system)), *(message.turn() for message in self.messages)]
+        turns = [Turn("system", pieces_of(self.system)), *(message.turn() for message in self.messages)]
         wanted = self.output_config.format.wanted
         return [self.prompt_request(
             config, [turn for turn in turns if turn.role not in SYSTEM], system_prompt=system_text(turns),
@@ -2385,7 +2383,7 @@ class CountRequest(Open):
     unknown: Tuple[str, ...] = internal(())
 
     def characters(self) -> int:
-        texts = [content_pieces(content) for content in (self.system, *(m.content for m in self.messages))]
+        texts = [pieces_of(content) for content in (self.system, *(m.content for m in self.messages))]
         tools = [json.dumps(tool, ensure_ascii=False) for tool in self.tools]
         said = sum(self.IMAGE if piece.image else len(piece.text) for pieces in texts for piece in pieces)
         return sum(map(len, tools)) + said
