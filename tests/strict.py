@@ -56,17 +56,18 @@ def counts(usage: Any, *names: str, **details: Tuple[str, ...]) -> Counts:
 # ---- Server-sent events
 
 def data_of(body: bytes) -> List[Any]:
-    """The data of a stream without event names, as OpenAI's chat completions are; `[DONE]` as it is."""
+    """The data of a stream without event names, as OpenAI's chat completions are. `[DONE]` stays as it is, comments are
+    left out."""
     found = []
     for name, data in server_sent(body):
         assert not name, name
-        found.append(data)
+        found += [data] if data is not None else []
     return found
 
 
 def events_of(body: bytes) -> List[Json]:
     """The data of a stream of named events, as Anthropic's messages and OpenAI's responses are: the name is the
-    data's type."""
+    data's type. There are no comments, as clients wait for events."""
     found = []
     for name, data in server_sent(body):
         assert isinstance(data, dict) and data["type"] == name, (name, data)
@@ -75,7 +76,8 @@ def events_of(body: bytes) -> List[Json]:
 
 
 def server_sent(body: bytes) -> Iterable[Tuple[str, Any]]:
-    """Name and data of each event. Lines end with a newline only; data is one line of JSON, or `[DONE]`."""
+    """Name and data of each event, None for a comment. Lines end with a newline only; data is one line of JSON, or
+    `[DONE]`."""
     *blocks, end = body.decode().split("\n\n")
     assert end == "", "the last event is not complete"
     for block in blocks:
@@ -92,6 +94,8 @@ def server_sent(body: bytes) -> Iterable[Tuple[str, Any]]:
         assert len(data) <= 1 and bool(data) >= bool(name), block
         if data:
             yield name, data[0] if data[0] == "[DONE]" else json.loads(data[0])
+        else:
+            yield "", None
 
 
 # ---- OpenAI: chat completions
@@ -322,6 +326,7 @@ def check_response(response: Any) -> List[Heard]:
     for item in response["output"]:
         check_item(item, "completed" if status == "completed" else item.get("status"))
     assert len({item["id"] for item in response["output"]}) == len(response["output"]), "ids"
+    assert response["output"] or status != "completed", "no output"
     return [said_in(response["output"])._replace(reason=reason, usage=usage, failed=failed)]
 
 

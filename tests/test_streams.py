@@ -9,7 +9,7 @@ from clinvk import (Anthropic, Asked, BackendAuth, BackendFailed, Completions, D
                     OpenAI, Progress, RateLimited, Refusal, Renderer, Responses, Thinking, TimedOut, Told, TokenUsage,
                     ToolResult, ToolUse, Usage, collect)
 from conftest import Client, told
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from strict import (Heard, check_anthropic_error, check_anthropic_stream, check_chat_stream, check_completion,
                     check_message, check_openai_error, check_response, check_responses_stream, check_text_completion,
@@ -115,9 +115,15 @@ def said_by(events: List[Event], api: Api) -> Tuple[str, str, str]:
     return texts[Message], texts[Thinking], texts[Refusal]
 
 
+AGENT: List[Event] = [
+    Init("model"), Message("I will ", opens=True), Message("look."), Thinking("hm"), Message("Or", opens=True),
+    ToolUse("t", "Bash", {}), ToolResult("t", "Bash", "hi"), Message("not."), TokenUsage(Usage(9, 5)), Done(0)]
+
+
 @EACH
 @MODEST
 @given(events=runs(), characters=st.integers(0, 100))
+@example(events=AGENT, characters=0)
 def test_a_stream_is_what_strict_clients_demand_and_says_what_a_whole_answer_says(api: Api, events: List[Event],
                                                                                   characters: int) -> None:
     [heard] = api.streamed(list(told(events)), characters=characters)
@@ -127,6 +133,8 @@ def test_a_stream_is_what_strict_clients_demand_and_says_what_a_whole_answer_say
         assert heard.failed == failures[0].error.whole and heard.reason is None
     else:
         assert [heard] == api.whole(events, characters=characters)
+        refused = any(isinstance(event, Refusal) for event in events)
+        assert api is not MESSAGES or refused == (heard.reason == "refusal")
 
 
 @pytest.mark.parametrize("api", [CHAT, TEXTS], ids=["chat", "completions"])
