@@ -6645,10 +6645,14 @@ class TextCompletion(TextCompletionBase, total=False):
     usage: Annotated[Optional[OpenAIUsage], "of a stream: with stream_options.include_usage, in the last chunk"]
 
 
+class CacheTokens(CachedTokens):
+    cache_write_tokens: int
+
+
 class ResponseUsage(TypedDict):
     """Tokens, as the CLI counts them; else an estimate of 4 characters a token."""
     input_tokens: int
-    input_tokens_details: CachedTokens
+    input_tokens_details: CacheTokens
     output_tokens: int
     output_tokens_details: ReasoningTokens
     total_tokens: int
@@ -7400,8 +7404,10 @@ class Responses(OpenAI):
     def ended(self, done: Done, usage: Usage) -> Json:
         status = "incomplete" if done.stop == "length" else "completed"
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        return self.response(status, [item.whole(status, self.texts) for item in self.output],
-                             usage=response_usage(usage), incomplete_details=reason, completed_at=int(time.time()))
+        *before, last = self.output
+        items = [*(item.whole("completed", self.texts) for item in before), last.whole(status, self.texts)]
+        return self.response(status, items, usage=response_usage(usage), incomplete_details=reason,
+                             completed_at=int(time.time()))
 
     def response(self, status: str, output: Sequence[Json] = (), **more: Any) -> Json:
         return {**self.base, "status": status, "error": None, "incomplete_details": None, "usage": None,
@@ -7480,8 +7486,8 @@ class Responses(OpenAI):
 
 
 def response_usage(usage: Usage) -> ResponseUsage:
-    return {"input_tokens": usage.all_input, "input_tokens_details": {"cached_tokens": usage.cached_tokens},
-            "output_tokens": usage.output_tokens,
+    cache: CacheTokens = {"cached_tokens": usage.cached_tokens, "cache_write_tokens": usage.cache_creation_tokens}
+    return {"input_tokens": usage.all_input, "input_tokens_details": cache, "output_tokens": usage.output_tokens,
             "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
             "total_tokens": usage.all_input + usage.output_tokens}
 
