@@ -1,5 +1,5 @@
 """Real Python clients, at pinned versions from PyPI, each in a process of its own: they want different versions of the
-same packages. What they ask is in clients/; `ask` runs one of those scripts."""
+same packages. What they ask is in clients/python/; `ask` runs one of those scripts."""
 
 import contextlib
 import fcntl
@@ -9,23 +9,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, Iterator, List, NamedTuple
+from typing import Any, Dict, Iterator, List, NamedTuple
 
 import pytest
 from conftest import Served, executable, interpreter, serving
 
-FOLDER = Path(__file__).parent / "clients"
+FOLDER = Path(__file__).parent / "clients" / "python"
 Json = Dict[str, Any]
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="  # as base64
 NOWHERE = "http://127.0.0.1:9"  # no one listens there
 
 
 def installed(name: str) -> Path:
-    """The folder of the programs of an environment with the packages of clients/NAME.txt. The first call makes it (5 s,
-    200 to 550 MB) below $CLIENT_LAB or ~/.cache/client-lab, a new one when the pins change."""
+    """The folder of the programs of an environment with the packages of clients/python/NAME.txt, which is what
+    `uv pip compile --universal --python-version 3.11` made of NAME.in. The first call makes it (5 s, 200 to 550 MB) below
+    $PYTHON_CLIENTS or ~/.cache/clinvk-python-clients, a new one when the pins change."""
     pins, python = FOLDER / f"{name}.txt", interpreter("3.11")
     mark = hashlib.sha256(pins.read_bytes()).hexdigest()[:12]
-    root = Path(os.environ.get("CLIENT_LAB") or Path.home() / ".cache" / "client-lab") / f"{name}-{mark}"
+    root = Path(os.environ.get("PYTHON_CLIENTS") or Path.home() / ".cache" / "clinvk-python-clients") / f"{name}-{mark}"
     root.mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests in another process may be making it
@@ -54,18 +55,6 @@ def surroundings(home: Path) -> Dict[str, str]:
     all but this machine: what a client would fetch or tell elsewhere fails at once."""
     return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "HTTP_PROXY": NOWHERE,
             "HTTPS_PROXY": NOWHERE, "NO_PROXY": "127.0.0.1,localhost", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-
-
-# ---- What clinvk can do
-
-# Of: completions (/openai/v1/completions), images, n (more than one choice), responses (/openai/v1/responses), schemas
-# (response_format, output_format, text.format), tools (tool_choice "required" also where there are none). Tests of what
-# is not here are skipped.
-THERE: FrozenSet[str] = frozenset()
-
-
-def needs(*features: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(not THERE.issuperset(features), reason=f"clinvk has no {' and '.join(features)} yet")
 
 
 # ---- What answers
@@ -98,8 +87,8 @@ elif does == "wait":
         time.sleep(0.02)
     print("second", end="")
 """
-# claude, in its protocol, which answers with what it was given: an image is named by its type and the digest of its
-# bytes.
+# claude, in its protocol, which answers with what it was given, empty text left out: an image is named by its type and
+# the digest of its bytes.
 CLAUDE = """
 import base64, hashlib
 if "--version" in sys.argv:
@@ -116,7 +105,7 @@ for line in sys.stdin:
     if message["type"] == "control_request":
         show(type="control_response", response={"subtype": "success", "request_id": message["request_id"]})
         continue
-    text = " | ".join(map(named, message["message"]["content"]))
+    text = " | ".join(filter(None, map(named, message["message"]["content"])))
     if "do:json" in text:
         text = '{"name": "Ada", "age": 36}'
     event(type="message_start", message={"id": "m", "model": "claude-scripted"})

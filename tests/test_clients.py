@@ -6,10 +6,10 @@ import functools
 import hashlib
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional
 
 import pytest
-from clientkit import PNG, THERE, Json, Stage, ask, installed, needs, stage, surroundings
+from clientkit import PNG, Json, Stage, ask, installed, stage, surroundings
 
 pytestmark = pytest.mark.clients
 __all__ = ["stage"]
@@ -94,64 +94,29 @@ LLM: Json = {
                                               "out of luck\n"),
     "failure_streamed": Raised("ClickException", None, "exit code 1: Error: Error code: 502 - scripted failed"),
     "typo": Raised("ClickException", None, 'exit code 1: Error: Error code: 404 - no backend goes by the model name')}
-
-
-class Cases(NamedTuple):
-    """What comes of the cases, functions of the client's script in clients/, that are asked in one way; `needs`: the
-    features of clinvk without which they are not asked."""
-    client: str
-    way: str
-    expected: Json
-    needs: Tuple[str, ...] = ()
-
-    @property
-    def names(self) -> List[str]:
-        return [f"{self.way} {case}" for case in self.expected]
-
-
+RESPONSE = {"text": HELLO, "usage": [5, 5]}
 IMAGE = "What is it? | image/png " + hashlib.sha256(base64.b64decode(PNG)).hexdigest()[:8]
-CASES = [
-    Cases("langchain", "chat", langchain("stop", "OpenAI")),
-    Cases("langchain", "anthropic", langchain("end_turn", "Anthropic")),
-    Cases("litellm", "openai", litellm()),
-    Cases("litellm", "anthropic", {**litellm(), "json_object": ADA, "responses": {"text": HELLO, "usage": [5, 5]},
-                                   "responses_stream": PIECES}),
-    Cases("pydantic_ai", "chat", pydantic_ai()),
-    Cases("pydantic_ai", "anthropic", {**pydantic_ai(), "prompted": ADA}),
-    Cases("llama_index", "chat", llama_index()),
-    Cases("llm", "chat", LLM),
-    Cases("llama_index", "chat", {"schema_in_the_prompt": ADA}, ("tools",)),
-    Cases("langchain", "chat", {"schema": ADA, "json_mode": ADA}, ("schemas",)),
-    Cases("langchain", "anthropic", {"schema": ADA}, ("schemas",)),
-    Cases("litellm", "openai", {"schema": ADA, "json_object": ADA}, ("schemas",)),
-    Cases("litellm", "anthropic", {"known_schema": ADA}, ("schemas",)),
-    Cases("pydantic_ai", "chat", {"native": ADA, "prompted": ADA}, ("schemas",)),
-    Cases("pydantic_ai", "anthropic", {"known_native": ADA}, ("schemas",)),
-    Cases("llama_index", "chat", {"schema": ADA}, ("schemas",)),
-    Cases("llm", "chat", {"schema": ADA}, ("schemas",)),
-    Cases("langchain", "chat", {"image": IMAGE}, ("images",)),
-    Cases("langchain", "anthropic", {"image": IMAGE}, ("images",)),
-    Cases("litellm", "openai", {"image": IMAGE}, ("images",)),
-    Cases("litellm", "anthropic", {"image": IMAGE}, ("images",)),
-    Cases("pydantic_ai", "chat", {"image": IMAGE}, ("images",)),
-    Cases("pydantic_ai", "anthropic", {"image": IMAGE}, ("images",)),
-    Cases("llama_index", "chat", {"image": IMAGE}, ("images",)),
-    Cases("llm", "chat", {"image": IMAGE}, ("images",)),
-    Cases("langchain", "responses", langchain("completed", "OpenAI"), ("responses",)),
-    Cases("litellm", "openai", {"responses": {"text": HELLO, "usage": [5, 5]}}, ("responses",)),
-    Cases("pydantic_ai", "responses", pydantic_ai(), ("responses",)),
-    Cases("llama_index", "responses", without(llama_index(), "forced_tool"), ("responses",)),
-    Cases("langchain", "responses", {"schema": ADA, "json_mode": ADA}, ("responses", "schemas")),
-    Cases("litellm", "openai", {"responses_schema": ADA}, ("responses", "schemas")),
-    Cases("pydantic_ai", "responses", {"native": ADA, "prompted": ADA}, ("responses", "schemas")),
-    Cases("llama_index", "responses", {"schema": ADA}, ("responses", "schemas")),
-    Cases("langchain", "responses", {"image": IMAGE}, ("responses", "images")),
-    Cases("pydantic_ai", "responses", {"image": IMAGE}, ("responses", "images")),
-    Cases("llama_index", "responses", {"image": IMAGE}, ("responses", "images")),
-    Cases("llama_index", "completions", without(llama_index(), "whole", "stream", "system", "conversation", "tools",
-                                                "forced_tool"), ("completions",)),
-    Cases("litellm", "openai", {"completions": HELLO}, ("completions",)),
-    Cases("llm", "chat", {"completions": HELLO}, ("completions",))]
+# client -> way -> case, a function of the client's script in clients/python/ -> what comes of it.
+CASES: Dict[str, Dict[str, Json]] = {
+    "langchain": {
+        "chat": {**langchain("stop", "OpenAI"), "schema": ADA, "json_mode": ADA, "image": IMAGE},
+        "responses": {**langchain("completed", "OpenAI"), "schema": ADA, "json_mode": ADA, "image": IMAGE},
+        "anthropic": {**langchain("end_turn", "Anthropic"), "schema": ADA, "image": IMAGE}},
+    "litellm": {
+        "openai": {**litellm(), "schema": ADA, "json_object": ADA, "image": IMAGE, "responses": RESPONSE,
+                   "responses_schema": ADA, "completions": HELLO},
+        "anthropic": {**litellm(), "known_schema": ADA, "json_object": ADA, "image": IMAGE, "responses": RESPONSE,
+                      "responses_stream": PIECES}},
+    "pydantic_ai": {
+        "chat": {**pydantic_ai(), "native": ADA, "prompted": ADA, "image": IMAGE},
+        "responses": {**pydantic_ai(), "system": "Be kind.\nBe brief.\n\ndo:repeat", "native": ADA, "prompted": ADA,
+                      "image": IMAGE},
+        "anthropic": {**pydantic_ai(), "known_native": ADA, "prompted": ADA, "image": IMAGE}},
+    "llama_index": {
+        "chat": {**llama_index(), "schema": ADA, "schema_in_the_prompt": ADA, "image": IMAGE},
+        "responses": {**without(llama_index(), "forced_tool"), "schema": ADA, "image": IMAGE},
+        "completions": without(llama_index(), "whole", "stream", "system", "conversation", "tools", "forced_tool")},
+    "llm": {"chat": {**LLM, "schema": ADA, "image": IMAGE, "completions": HELLO}}}
 Told = Callable[[str], Json]
 
 
@@ -159,22 +124,16 @@ Told = Callable[[str], Json]
 def told(stage: Stage) -> Told:
     """What a client has been told in each of its cases; it is asked once."""
     def of(client: str) -> Json:
-        asked = [cases for cases in CASES if cases.client == client and THERE.issuperset(cases.needs)]
-        names = [name for cases in asked for name in cases.names]
+        names = [f"{way} {case}" for way, cases in CASES[client].items() for case in cases]
         return ask(ENVIRONMENTS[client], f"ask_{client}.py", stage.url, names, stage.folder)
     return functools.lru_cache(maxsize=None)(of)
 
 
 def each_case() -> Iterator[Any]:
-    for cases in CASES:
-        for name, expected in zip(cases.names, cases.expected.values()):
-            yield pytest.param(cases.client, name, expected, id=f"{cases.client} {name}", marks=needs(*cases.needs))
-
-
-def each_way() -> Iterator[Any]:
-    for cases in CASES:
-        if "failure" in cases.expected:
-            yield pytest.param(cases.client, cases.way, id=f"{cases.client} {cases.way}", marks=needs(*cases.needs))
+    for client, ways in CASES.items():
+        for way, cases in ways.items():
+            for case, expected in cases.items():
+                yield pytest.param(client, f"{way} {case}", expected, id=f"{client} {way} {case}")
 
 
 @pytest.mark.parametrize("client, case, expected", each_case())
@@ -187,7 +146,7 @@ def test_a_client_gets_what_it_asked_for(told: Told, client: str, case: str, exp
         assert got == expected
 
 
-@pytest.mark.parametrize("client, way", each_way())
+@pytest.mark.parametrize("client, way", [(client, way) for client, ways in CASES.items() for way in ways])
 def test_a_run_that_failed_is_not_repeated(told: Told, stage: Stage, client: str, way: str) -> None:
     told(client)
     assert [stage.runs(f"do:fail {client} {way} {case}") for case in ("whole", "stream")] == [1, 1]
