@@ -22,8 +22,8 @@ NOWHERE = "http://127.0.0.1:9"  # no one listens there
 
 def installed(name: str) -> Path:
     """The folder of the programs of an environment with the packages of clients/python/NAME.txt, which is what
-    `uv pip compile --universal --python-version 3.11` made of NAME.in. The first call makes it (5 s, 200 to 550 MB) below
-    $PYTHON_CLIENTS or ~/.cache/clinvk-python-clients, a new one when the pins change."""
+    `uv pip compile --universal --python-version 3.11` made of NAME.in. The first call makes it (5 s, 200 to 550 MB)
+    below $PYTHON_CLIENTS or ~/.cache/clinvk-python-clients, a new one when the pins change."""
     pins, python = FOLDER / f"{name}.txt", interpreter("3.11")
     mark = hashlib.sha256(pins.read_bytes()).hexdigest()[:12]
     root = Path(os.environ.get("PYTHON_CLIENTS") or Path.home() / ".cache" / "clinvk-python-clients") / f"{name}-{mark}"
