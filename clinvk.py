@@ -7015,9 +7015,9 @@ def marker() -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a renderer must know of the request: the model's name for the answer, the prompts' length ..."""
+    """What a renderer must know of the request: the model's name for the answer, the prompt's length ..."""
     model: str = ""
-    characters: int = 0
+    characters: int = 0  # of the prompt of a run; of several, on average
     include_usage: bool = False
     request_id: str = ""
     answers: int = 1  # how many runs it asks for
@@ -8698,7 +8698,7 @@ def compat(server: Server, call: Call, kind: Type[Renderer], **about: Any) -> An
     request = call.body
     prompts = request.to_prompts(server.config)
     first, told = started_runs(server, call, prompts)
-    characters = sum(len(one.prompt) + len(one.system_prompt or "") for one in prompts)
+    characters = sum(len(one.prompt) + len(one.system_prompt or "") for one in prompts) // len(prompts)
     renderer = kind(Asked(request.model, characters, request_id=call.request_id, answers=len(prompts),
                           final_code=call.final.code if call.final else "", **about))
     headers = {"X-Clinvk-Backend": first.request.backend, "X-Clinvk-Model": first.request.model,

@@ -1,6 +1,7 @@
 """Several runs from one request: parallel, chain, compare, and their streams."""
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -308,3 +309,20 @@ def test_a_dry_run_needs_no_place_in_the_line(make_client: Callable[..., Client]
     assert client.call("POST", "/api/v1/parallel", body).status == 503
     assert client.call("POST", "/api/v1/parallel", {**body, "dry_run": True}).status == 200
     client.server.slots.release()
+
+
+@pytest.mark.parametrize("path, body, counts", [
+    ("/openai/v1/chat/completions", {"messages": [{"role": "user", "content": "one two "}], "n": 1}, (2, 2)),
+    ("/openai/v1/chat/completions", {"messages": [{"role": "user", "content": "one two "}], "n": 3}, (6, 6)),
+    ("/openai/v1/completions", {"prompt": ["one two ", "four five six  "], "n": 2}, None)])
+def test_what_no_cli_has_counted_is_estimated_once_for_each_answer(client: Any, path: str, body: Dict[str, Any],
+                                                                   counts: Any) -> None:
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    usages = [client.call("POST", path, {"model": "echo", **body}).json["usage"], json.loads(
+        client.call("POST", path, {"model": "echo", **body, **streamed}).body.split(b"data: ")[-2])["usage"]]
+    alone = [client.call("POST", path, {"model": "echo", "prompt": text}).json["usage"]["prompt_tokens"]
+             for text in body.get("prompt", [])]
+    prompt_tokens, answer_tokens = counts or (2 * sum(alone), 12)
+    for usage in usages:
+        assert abs(usage["prompt_tokens"] - prompt_tokens) <= 2 * len(alone)  # each is rounded up
+        assert usage["completion_tokens"] == answer_tokens
