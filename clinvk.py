@@ -7034,6 +7034,7 @@ class Renderer:
     leave `told` to its caller to close."""
     name: ClassVar[str]  # of the API
     stream_type = "text/event-stream"
+    shown: ClassVar[Tuple[Type[Event], ...]] = (Message, Thinking, Refusal, Progress, Failure, Done)  # of a stream
     error_type = JSON_TYPE
     error_answer: ClassVar[Any]
 
@@ -7292,6 +7293,7 @@ class Voice(Joined):
 class Completions(OpenAI):
     """Completions of texts, which have no place for thinking."""
     ID, WHOLE, PIECE = "cmpl-", "text_completion", "text_completion"
+    shown = (Message, Progress, Failure, Done)
     NOTHING: ClassVar[Json] = {"text": ""}
 
     def choice(self, index: int, result: Result, texts: Dict[str, List[str]]) -> Json:
@@ -7663,13 +7665,18 @@ def fitted(events: Events, schema: Json, stops: Sequence[str],
     What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs. An
     answer that has been cut, at one of `stops` or at max_tokens, need not fit."""
     used: Optional[Usage] = None
+    told_at = time.monotonic()
     for last in (again is None, True):
         result = Result()
         with contextlib.closing(events):
             for event in events:
                 result.add(event)
                 if not isinstance(event, (Message, TokenUsage, Done)):
+                    told_at = time.monotonic()
                     yield event
+                elif time.monotonic() - told_at >= SILENCE:
+                    told_at = time.monotonic()
+                    yield Progress("answering", "the answer is not whole yet")
         used = used + result.usage if used and result.usage else result.usage or used
         text, stop = split_at(stops, result.text)
         done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
@@ -8705,7 +8712,8 @@ def compat(server: Server, call: Call, kind: Type[Renderer], **about: Any) -> An
                "X-Clinvk-Ignored": ", ".join([*request.ignored(), *first.ignored])}
     headers = {name: re.sub(r"[^A-Za-z0-9_.,:/ @-]", "?", text)[:4000] for name, text in headers.items() if text}
     if request.stream:
-        return streamed(told, renderer, headers, until=(Message, Thinking, ToolUse, Refusal, Done))
+        shown = never_silent(told, renderer.shown)
+        return streamed(shown, renderer, headers, until=(Message, Thinking, ToolUse, Refusal, Done))
     return collected(told, renderer, headers, fails=True)
 
 
@@ -8747,6 +8755,19 @@ def streamed(told: Tolds, renderer: Renderer, headers: Mapping[str, str], until:
                 raise one.event.error
     body = renderer.stream(itertools.chain(begun, to_the_end(told)))
     return Answer(body, content_type=renderer.stream_type, headers={**headers, **UNBUFFERED}, close=told.close)
+
+
+def never_silent(told: Tolds, shown: Tuple[Type[Event], ...]) -> Tolds:
+    """`told`, and a Progress per SILENCE in which nothing has come of what the client is shown."""
+    shown_at = time.monotonic()
+    with contextlib.closing(told):
+        for one in told:
+            if not isinstance(one.event, shown) and time.monotonic() - shown_at >= SILENCE:
+                yield Told(one.task, Progress("running", "nothing of the answer has come"))
+                shown_at = time.monotonic()
+            elif isinstance(one.event, shown):
+                shown_at = time.monotonic()
+            yield one
 
 
 def to_the_end(told: Tolds) -> Iterator[Told]:

@@ -1,0 +1,62 @@
+"""What a stream's client is told while a run goes on of which it is shown nothing, so that it keeps the connection."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+from conftest import executable
+
+import clinvk
+from clinvk import Done, Message, Refusal, Thinking, ToolResult, ToolUse
+
+# Says a word every 0.05 s; together they are JSON.
+SLOW = """
+import sys, time
+sys.stdin.read()
+for word in ["{"] + 18 * [" "] + ["}"]:
+    print(word, end="", flush=True)
+    time.sleep(0.05)
+"""
+FORMAT: Dict[str, Any] = {"type": "json_schema", "name": "any", "schema": {"type": "object"}}
+STREAMS = [  # a path, its body, and what stands in its stream for silence
+    ("/openai/v1/chat/completions", {"messages": [{"role": "user", "content": "p"}],
+                                     "response_format": {"type": "json_object"}}, b": keepalive\n\n"),
+    ("/openai/v1/responses", {"input": "p", "text": {"format": FORMAT}}, b"event: response.in_progress\n"),
+    ("/anthropic/v1/messages", {"messages": [{"role": "user", "content": "p"}], "max_tokens": 9,
+                                "output_config": {"format": FORMAT}}, b"event: ping\n")]
+
+
+@pytest.mark.parametrize("path, body, sign", STREAMS)
+def test_json_that_takes_its_time_is_announced_by_signs_of_life(
+        make_client: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str,
+        body: Dict[str, Any], sign: bytes) -> None:
+    monkeypatch.setattr(clinvk, "SILENCE", 0.2)
+    client = make_client({"backends": {"slow": {"command": executable(tmp_path / "slow", SLOW)}}})
+    reply = client.call("POST", path, {"model": "slow", "stream": True, **body})
+    assert reply.status == 200 and reply.body.count(sign) > 2
+    assert reply.body.index(sign) < reply.body.index(b"{" + 18 * b" " + b"}")
+
+
+def heard(kind: Any, events: List[clinvk.Event], monkeypatch: pytest.MonkeyPatch) -> List[type]:
+    """The types of the events, once the streams of an API have been seen to; each event comes after 0.1 s."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(clinvk.time, "monotonic", lambda: next(clock) / 10)
+    monkeypatch.setattr(clinvk, "SILENCE", 0.25)
+    told = clinvk.never_silent((clinvk.Told(0, event) for event in events), kind.shown)
+    return [type(one.event) for one in told]
+
+
+TOOLS = [ToolUse("1", "t", {}), ToolResult("1", "t", "")] * 8
+
+
+@pytest.mark.parametrize("kind, events, signs", [
+    (clinvk.OpenAI, TOOLS, True), (clinvk.Anthropic, TOOLS, True), (clinvk.Responses, TOOLS, True),
+    (clinvk.Completions, [Thinking("a")] * 16, True),
+    *((kind, [event] * 16, False) for kind in (clinvk.OpenAI, clinvk.Anthropic, clinvk.Responses)
+      for event in (Message("a"), Thinking("a"), Refusal("a")))])
+def test_what_a_client_is_not_shown_is_silence(kind: Any, events: List[clinvk.Event], signs: bool,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    types = heard(kind, [*events, Done(0)], monkeypatch)
+    assert [each for each in types if each is not clinvk.Progress] == [*map(type, events), Done]
+    assert (types.count(clinvk.Progress) > 2) is signs
