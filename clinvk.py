@@ -8725,6 +8725,8 @@ def started_runs(server: Server, call: Call, prompts: List[PromptRequest]) -> Tu
         only = start(prompts[0], call.stop, ran=call.ran)
         return only, alone(only.events)
     first, *_ = [start(one, Stop(), ran=[]) for one in prompts]  # raises what is wrong with any of them
+    if prompts[0].session_id is not None:
+        raise Invalid([Problem("clinvk.session_id", "can not have several answers as its next turn: ask for one")])
 
     def start_one(index: int, stop: TaskStop) -> Events:
         return start(prompts[index], stop, ran=call.ran, admitted=True).events

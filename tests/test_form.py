@@ -623,6 +623,14 @@ def test_a_session_is_asked_for_json_in_its_next_turn_and_only_once(stage: Stage
     assert told["prompt"].startswith("Who is it?")
 
 
+@pytest.mark.parametrize("session, status, param", [(True, 400, "clinvk.session_id"), (False, 404, None)])
+def test_a_session_has_one_next_turn(stage: Stage, session: bool, status: int, param: Optional[str]) -> None:
+    stage.answers({"text": "hello"})
+    begun = stage.client.call("POST", "/api/v1/prompt", {"backend": "codex", "prompt": "hi"}).json["session_id"]
+    reply = stage.post("chat", {"type": "text"}, n=2, clinvk={"session_id": begun if session else "f" * 32})
+    assert (reply.status, reply.json["error"]["param"], len(stage.told)) == (status, param, 1)
+
+
 def test_echo_answers_with_json_if_it_is_asked_json(stage: Stage) -> None:
     assert stage.ask("chat", PERSON, "echo", said=FENCED).text == BO
     assert stage.ask("chat", PERSON, "echo", said="Who?").refusal == "Who?"
