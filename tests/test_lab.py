@@ -12,8 +12,8 @@ from conftest import eventually
 from lab.stub_llm import UNICODE_REPLY
 
 import labkit
-from labkit import (COMPAT, JSON_TYPE, KEY, STREAMS, WAYS, Answer, Cli, anthropic, at_once, openai, system_prompt,
-                    texts, user)
+from labkit import (COMPAT, JSON_TYPE, KEY, STREAMS, WAYS, Answer, Cli, Json, anthropic, at_once, openai,
+                    system_prompt, texts, user)
 
 pytestmark = pytest.mark.lab
 lab, cli, another = labkit.lab, labkit.cli, labkit.another  # the fixtures
@@ -285,6 +285,50 @@ def test_nothing_of_clinvks_own_environment_is_in_the_clis(cli: Cli) -> None:
     assert environs and not any(KEY in environ for environ in environs)
     names = {line.partition("=")[0] for environ in environs for line in environ.split("\0")}
     assert {name for name in names if name.startswith("CLINVK_")} == {"CLINVK_RUN"}
+
+
+# ---- Structured output
+
+PERSON: Json = {"type": "object", "required": ["name", "age"], "additionalProperties": False,
+                "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+BO = '{"name": "Bo", "age": 3}'
+AS_SCHEMA: Json = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+
+
+def saying(cli: Cli, text: str) -> str:
+    """What makes the stub answer that: claude's model by a call of the tool that claude offers for it."""
+    return f"!call StructuredOutput {text}" if cli.name == "claude" else f"!say {text}"
+
+
+def test_each_cli_is_told_of_a_schema_in_its_way_and_the_answer_is_the_json_alone(cli: Cli) -> None:
+    fenced = json.dumps(f"Here it is:\n```json\n{BO}\n```")
+    prompt = saying(cli, fenced if cli.name == "gemini" else BO)
+    form = {"type": "json_schema", "name": "person", "schema": PERSON}
+    chat, response = at_once([
+        lambda: cli.ask("openai stream", prompt, response_format=AS_SCHEMA).text,
+        lambda: cli.openai.responses.create(model=cli.name, input=prompt, text={"format": form}).output_text])
+    assert [json.loads(chat), json.loads(response)] == [json.loads(BO)] * 2
+    first, second = (request["body"] for request in cli.lab.asked)
+    for body in (first, second):
+        if cli.name == "claude":
+            assert [(tool["name"], tool["input_schema"]) for tool in body["tools"]] == [("StructuredOutput", PERSON)]
+        elif cli.name == "codex":
+            assert (body["text"]["format"]["schema"], body["text"]["format"]["strict"]) == (PERSON, True)
+        else:
+            assert json.dumps(PERSON) in "".join(system_prompt(body))
+
+
+def test_an_answer_in_prose_is_asked_for_once_more_and_then_refused(cli: Cli) -> None:
+    """What is asked once more holds the schema, and so what the stub is to say to it."""
+    mended = {"type": "object", "description": f"and {saying(cli, '{}')} now"}
+    refused = {"type": "object", "required": ["name"]}  # for codex, too, a schema that it is told in words
+    forms = [{"type": "json_schema", "json_schema": {"name": "n", "schema": schema}} for schema in (mended, refused)]
+    ask = functools.partial(cli.openai.chat.completions.create, model=cli.name, messages=user('!say "I will not."'))
+    told = [answer.choices[0].message for answer in at_once([functools.partial(ask, response_format=f) for f in forms])]
+    assert [(told[0].content, told[0].refusal), told[1].content] == [("{}", None), None]
+    assert told[1].refusal.startswith("STUB[")
+    by_claude_itself = 3 if cli.name == "claude" else 0  # which asks its model for the call itself, each time
+    assert len(cli.lab.asked) == 4 + by_claude_itself
 
 
 # ---- The operator's own files

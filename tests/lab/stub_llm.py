@@ -22,6 +22,7 @@ directives anywhere in the prompt change it:
                  mcp_server_NAME or a codex namespace) with these arguments; several directives in one prompt are
                  parallel calls of one turn.  Once results have come back the reply is GOT[<result>|<result>...];
                  a name that is not offered gives NOTOOL[NAME].  NAME may contain "." and "-".
+    !say JSON    exactly that, or the text of a JSON string; the last one counts, and no schema does
     !tools       the names of the offered tools
     !gap N       with !call: N tenths of a second before each call (a model that writes slowly)
 
@@ -49,6 +50,7 @@ INJECTED = re.compile(r"<(system-reminder|environment_context|session_context|us
                       r"skills_instructions|permissions instructions)[ >].*?</\1>", re.S)
 DIRECTIVE = re.compile(r"(?:^|(?<=\s))!(slow|long|error|flaky|think|unicode|tool|loop|echo-system|history|drop|hang|"
                        r"tools|gap)\b[ \t]*(\d+)?")
+SAY = re.compile(r"(?:^|(?<=\s))!say[ \t]+")
 CALL = re.compile(r"(?:^|(?<=\s))!call[ \t]+([\w.-]+)[ \t]*")
 
 
@@ -195,6 +197,8 @@ class Brain:
     def plan(self, turn: Turn) -> Plan:
         if "nonexistent" in turn.model:
             return Plan(error=404)
+        for match in reversed(list(SAY.finditer(turn.prompt))):
+            return Plan(chunks=[self._said(turn.prompt, match.end())])
         if turn.schema:
             return Plan(chunks=[json.dumps(sample(turn.schema))])
         found = {m.group(1): (m.group(2), m.end()) for m in DIRECTIVE.finditer(turn.prompt)}
@@ -232,6 +236,11 @@ class Brain:
         with self.lock:
             self.failures[prompt] = self.failures.get(prompt, 0) + 1
             return self.failures[prompt] <= limit
+
+    @staticmethod
+    def _said(prompt: str, begin: int) -> str:
+        value, end = json.JSONDecoder().raw_decode(prompt, begin)
+        return value if isinstance(value, str) else prompt[begin:end]
 
     @staticmethod
     def _calls(turn: Turn) -> List[Tuple[str, Json]]:
