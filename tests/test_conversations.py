@@ -1,8 +1,8 @@
 """A conversation is one conversation, whichever API says it: by the same key, and so in the same live process."""
 
+import hashlib
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-import hashlib
 import clinvk
 import pytest
 import test_spares
