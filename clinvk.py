@@ -1675,23 +1675,29 @@ def not_yet(field: str, what: str) -> Invalid:
     return Invalid([Problem(field, f"{what} can not be used in clinvk {__version__} yet; leave the field out")])
 
 
-NOT_FORCED: Json = {"enum": ["auto", "none", None]}
-NO_TOOLS: Json = {"properties": {"tools": {"maxItems": 0}}}
+def texts_of(stop: Union[None, str, List[str]]) -> List[str]:
+    return [text for text in ([stop] if isinstance(stop, str) else stop or []) if text]
 
 
-def refuse_forced(choice: Any, tools: Sequence[Any]) -> None:
-    """Of `tool_choice`, what is not there yet. Without any tools it means nothing."""
-    if tools and choice not in (None, "auto", "none"):
-        raise not_yet("tool_choice", 'a choice other than "auto" and "none"')
+FORMS = ("text", "json_object", "json_schema")  # of answers
+
+
+def form_shape(field: str) -> Json:
+    """An object that has this field, if its form is json_schema."""
+    return {"anyOf": [{"properties": {"type": {"enum": ["text", "json_object", None]}}},
+                      {"required": [field], "properties": {field: {"type": "object"}}}]}
+
+
+def wanted_schema(form: str, schema: Optional[Json]) -> Optional[Json]:
+    """That of an answer of one of FORMS; None if it may be any text."""
+    return {"text": None, "json_object": {"type": "object"}, "json_schema": schema}[form]
 
 
 @dataclass(frozen=True)
 class Format(Open):
     """What form the answer has: any text, a JSON object, or JSON that a JSON Schema describes."""
-    SHAPE: ClassVar[Json] = {"anyOf": [
-        {"properties": {"type": {"enum": ["text", "json_object", None]}}},
-        {"required": ["schema"], "properties": {"schema": {"type": "object"}}}]}
-    type: str = param("text", choices=("text", "json_object", "json_schema"))
+    SHAPE: ClassVar[Json] = form_shape("schema")
+    type: str = param("text", choices=FORMS)
     schema: Optional[Dict[str, Any]] = param(None, doc="JSON Schema, for json_schema.")
     name: Any = param(None, doc=LENIENT)
     description: Any = param(None, doc=LENIENT)
@@ -1704,8 +1710,7 @@ class Format(Open):
 
     @property
     def wanted(self) -> Optional[Json]:
-        """The schema of the answer; None if it may be any text."""
-        return {"text": None, "json_object": {"type": "object"}, "json_schema": self.schema}[self.type]
+        return wanted_schema(self.type, self.schema)
 
 
 @dataclass(frozen=True)
@@ -1750,6 +1755,38 @@ class Compat(Open):
                                    turns=tuple(turns) if fields.get("schema") is not None else (),
                                    conversation=conversation_of(turns) if isolated else None,
                                    ephemeral=options.ephemeral or options.session_id is None, **fields)
+
+
+NOT_FORCED: Json = {"enum": ["auto", "none", None]}
+NO_TOOLS: Json = {"properties": {"tools": {"maxItems": 0}}}
+NOT_OFFERED = "Not offered to the CLI in this version."
+
+
+class Chat(Compat):
+    """A conversation to go on with. Each API has one kind, and OpenAI's has two."""
+    tools: List[Any]
+
+    @property
+    def choice(self) -> Any:
+        """What is to become of the client's tools, in OpenAI's words."""
+        raise NotImplementedError
+
+    def turns(self) -> List[Turn]:
+        """All that has been said, with the system prompt."""
+        raise NotImplementedError
+
+    def chat_request(self, config: Config, **fields: Any) -> PromptRequest:
+        """A run that answers the last turn."""
+        if self.tools and self.choice not in (None, "auto", "none"):
+            raise not_yet("tool_choice", 'a choice other than "auto" and "none"')
+        turns = self.turns()
+        talk = [turn for turn in turns if turn.role not in SYSTEM]
+        if not talk:
+            raise Invalid([Problem(self.PROMPT_AT, "must have a message of the user")])
+        return self.prompt_request(config, talk, system_prompt=system_text(turns), **fields)
+
+    def ignored(self) -> List[str]:
+        return [*(["tools"] if self.tools and self.choice != "none" else []), *self.unknown]
 
 
 def with_any(*shapes: Json) -> Json:
@@ -1855,10 +1892,8 @@ class NamedSchema(Open):
 @dataclass(frozen=True)
 class ResponseFormat(Open):
     """What form the answer has: any text, a JSON object, or JSON that a JSON Schema describes."""
-    SHAPE: ClassVar[Json] = {"anyOf": [
-        {"properties": {"type": {"enum": ["text", "json_object", None]}}},
-        {"required": ["json_schema"], "properties": {"json_schema": {"type": "object"}}}]}
-    type: str = param("text", choices=("text", "json_object", "json_schema"))
+    SHAPE: ClassVar[Json] = form_shape("json_schema")
+    type: str = param("text", choices=FORMS)
     json_schema: Optional[NamedSchema] = param(None, doc="For json_schema.")
 
     def faults(self) -> Iterator[Tuple[str, str]]:
@@ -1867,8 +1902,7 @@ class ResponseFormat(Open):
 
     @property
     def wanted(self) -> Optional[Json]:
-        """The schema of the answer; None if it may be any text."""
-        return Format(self.type, self.json_schema.schema if self.json_schema else None).wanted
+        return wanted_schema(self.type, self.json_schema.schema if self.json_schema else None)
 
 
 TALK: Json = {"enum": ["user", "assistant", "tool", "function"]}
@@ -1878,17 +1912,13 @@ SOME_MESSAGE = with_any({"role": TALK, "content": {"anyOf": [BLANK_NOT, {"type":
                         {"role": TALK, "refusal": BLANK_NOT}, {"role": {"enum": ["tool", "function"]}},
                         {"role": TALK, "tool_calls": {"type": "array", "minItems": 1}})
 STOP_DOC = "The answer ends before the first of these."
+NO_LOGPROBS = "are not given by any CLI; leave the field out"
 MODEL_DOC = ("`claude`, `codex`, `gemini` or another configured backend; `backend/model`; the name of a model that one "
              "of them has; `default`; an alias of the config.")
-NOT_OFFERED = "Not offered to the CLI in this version."
-
-
-def texts_of(stop: Union[None, str, List[str]]) -> List[str]:
-    return [text for text in ([stop] if isinstance(stop, str) else stop or []) if text]
 
 
 @dataclass(frozen=True)
-class ChatRequest(Compat):
+class ChatRequest(Chat):
     """A chat completion. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
     SHAPE: ClassVar[Json] = {"anyOf": [{"properties": {"tool_choice": NOT_FORCED}}, NO_TOOLS]}
     model: str = param(not_empty=True, doc=MODEL_DOC)
@@ -1910,25 +1940,25 @@ class ChatRequest(Compat):
     clinvk: Optional[AgentOptions] = param(None, doc="How the chat runs.")
     unknown: Tuple[str, ...] = internal(())
 
+    def faults(self) -> Iterator[Tuple[str, str]]:
+        if self.logprobs:
+            yield "logprobs", NO_LOGPROBS
+
     @property
     def stops(self) -> List[str]:
         return texts_of(self.stop)
 
-    def to_prompts(self, config: Config) -> List[PromptRequest]:
-        refuse_forced(self.tool_choice, self.tools)
-        if self.logprobs:
-            raise Invalid([Problem("logprobs", "are not given by any CLI; leave the field out", True)])
-        turns = [message.turn() for message in self.messages]
-        talk = [turn for turn in turns if turn.role not in SYSTEM]
-        if not talk:
-            raise Invalid([Problem("messages", "must have a message of the user")])
-        one = self.prompt_request(
-            config, talk, system_prompt=system_text(turns), effort=self.reasoning_effort,
-            max_tokens=self.max_completion_tokens or self.max_tokens, schema=self.response_format.wanted)
-        return [one] * self.n
+    @property
+    def choice(self) -> Any:
+        return self.tool_choice
 
-    def ignored(self) -> List[str]:
-        return [*(["tools"] if self.tools and self.tool_choice != "none" else []), *self.unknown]
+    def turns(self) -> List[Turn]:
+        return [message.turn() for message in self.messages]
+
+    def to_prompts(self, config: Config) -> List[PromptRequest]:
+        one = self.chat_request(config, effort=self.reasoning_effort, schema=self.response_format.wanted,
+                                max_tokens=self.max_completion_tokens or self.max_tokens)
+        return [one] * self.n
 
 
 # ---- OpenAI: completions
@@ -1962,7 +1992,7 @@ class CompletionRequest(Compat):
 
     def faults(self) -> Iterator[Tuple[str, str]]:
         if self.logprobs is not None:
-            yield "logprobs", "are not given by any CLI; leave the field out"
+            yield "logprobs", NO_LOGPROBS
         if (self.best_of or 1) > 1:
             yield "best_of", "must be 1: no CLI tells which of several answers is the likeliest"
 
@@ -2058,8 +2088,10 @@ class OutputItem(Kept):
 def rest_of(item: Union[CallItem, OutputItem]) -> str:
     """All that an item says but its NOT_SAID: the text of a field, if there is only one; else JSON."""
     fields = {name: value for name, value in item.whole.items() if name not in item.NOT_SAID}
-    only = next(iter(fields.values()), "") if len(fields) < 2 else fields
-    return only if isinstance(only, str) else json.dumps(only, ensure_ascii=False)
+    if not fields:
+        return ""
+    said = next(iter(fields.values())) if len(fields) == 1 else fields
+    return said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -2093,7 +2125,7 @@ SOME_ITEM = with_any({"role": {"enum": ["user", "assistant"]}, "type": {"enum": 
 
 
 @dataclass(frozen=True)
-class ResponsesRequest(Compat):
+class ResponsesRequest(Chat):
     """A response, of which nothing is stored. Fields that are not here are accepted, and named in the answer's header
     X-Clinvk-Ignored."""
     SHAPE: ClassVar[Json] = {"anyOf": [{"properties": {"tool_choice": NOT_FORCED}}, NO_TOOLS]}
@@ -2125,20 +2157,21 @@ class ResponsesRequest(Compat):
         if self.background:
             yield "background", "can not be true, as clinvk stores no responses: stream, if the answer takes long"
 
-    def to_prompts(self, config: Config) -> List[PromptRequest]:
-        refuse_forced(self.tool_choice, self.tools)
-        items = self.input if isinstance(self.input, list) else [InputMessage("user", self.input)]
-        first = Turn("system", [Piece(self.instructions)] if self.instructions else [])
-        turns = [first, *(turn for turn in (item.turn() for item in items) if turn)]
-        talk = one_turn_an_answer([turn for turn in turns if turn.role not in SYSTEM])
-        if not talk:
-            raise Invalid([Problem("input", "must have a message of the user")])
-        return [self.prompt_request(
-            config, talk, system_prompt=system_text(turns), effort=self.reasoning.effort,
-            max_tokens=self.max_output_tokens, schema=self.text.format.wanted)]
+    @property
+    def choice(self) -> Any:
+        return self.tool_choice
 
-    def ignored(self) -> List[str]:
-        return [*(["tools"] if self.tools and self.tool_choice != "none" else []), *self.unknown]
+    def turns(self) -> List[Turn]:
+        items = self.input if isinstance(self.input, list) else [InputMessage("user", self.input)]
+        turns = [turn for turn in (item.turn() for item in items) if turn]
+        if self.instructions:
+            turns.insert(0, Turn("system", [Piece(self.instructions)]))
+        return [*(turn for turn in turns if turn.role in SYSTEM),
+                *one_turn_an_answer([turn for turn in turns if turn.role not in SYSTEM])]
+
+    def to_prompts(self, config: Config) -> List[PromptRequest]:
+        return [self.chat_request(config, effort=self.reasoning.effort, max_tokens=self.max_output_tokens,
+                                  schema=self.text.format.wanted)]
 
     @property
     def echoed(self) -> Json:
@@ -2330,7 +2363,7 @@ SOME_TURN: Json = {**with_any({"role": {"enum": ["user", "assistant"]}, "content
 
 
 @dataclass(frozen=True)
-class MessagesRequest(Compat):
+class MessagesRequest(Chat):
     """A message. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
     SHAPE: ClassVar[Json] = {"anyOf": [{"properties": {"tool_choice": {"properties": {"type": NOT_FORCED}}}}, NO_TOOLS]}
     model: str = param(not_empty=True, doc="As in a chat completion.")
@@ -2358,18 +2391,19 @@ class MessagesRequest(Compat):
     def stops(self) -> List[str]:
         return texts_of(self.stop_sequences)
 
-    def to_prompts(self, config: Config) -> List[PromptRequest]:
-        refuse_forced(self.tool_choice.type, self.tools)
-        thinking = self.thinking or ThinkingParam()
-        turns = [Turn("system", pieces_of(self.system)), *(message.turn() for message in self.messages)]
-        wanted = self.output_config.format.wanted
-        return [self.prompt_request(
-            config, [turn for turn in turns if turn.role not in SYSTEM], system_prompt=system_text(turns),
-            max_tokens=self.max_tokens, effort=self.output_config.effort, thinking_tokens=thinking.tokens,
-            schema=self.output_format.wanted if wanted is None else wanted)]
+    @property
+    def choice(self) -> Any:
+        return self.tool_choice.type
 
-    def ignored(self) -> List[str]:
-        return [*(["tools"] if self.tools and self.tool_choice.type != "none" else []), *self.unknown]
+    def turns(self) -> List[Turn]:
+        return [Turn("system", pieces_of(self.system)), *(message.turn() for message in self.messages)]
+
+    def to_prompts(self, config: Config) -> List[PromptRequest]:
+        wanted = self.output_config.format.wanted
+        return [self.chat_request(
+            config, effort=self.output_config.effort, max_tokens=self.max_tokens,
+            thinking_tokens=self.thinking.tokens if self.thinking else None,
+            schema=self.output_format.wanted if wanted is None else wanted)]
 
 
 @dataclass(frozen=True)
