@@ -87,6 +87,17 @@ def told(events: Iterable[clinvk.Event]) -> Iterator[clinvk.Told]:
     return (clinvk.Told(0, event) for event in events)
 
 
+# ---- Several tests at a time (pytest -n N --dist loadgroup)
+
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """The tests of a file stay together, for they share what the file sets up; those of the lab by their CLI. These
+    take longest, and go first."""
+    for item in items:
+        cli = item.callspec.params.get("cli", "") if hasattr(item, "callspec") else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {cli}" if isinstance(cli, str) else item.path.stem))
+    items.sort(key=lambda item: not item.get_closest_marker("lab"))
+
+
 # ---- Errors, as each API has them (SPEC 5)
 
 # status -> OpenAI's type and code, Anthropic's type
