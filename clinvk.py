@@ -3349,7 +3349,7 @@ class Claude(JsonLines):
         if "structured_output" in message:
             yield Message(json.dumps(message["structured_output"], ensure_ascii=False), opens=True)
         broken = message.get("stop_reason") is None and not claude_models(own) and message.get("num_turns")
-        failed = bool(message.get("is_error")) and message.get("subtype") != self.SCHEMA_UNMET
+        failed = bool(message.get("is_error"))
         if message.get("subtype") == self.SCHEMA_UNMET:
             yield Refusal(text)
         elif failed:

@@ -17,7 +17,8 @@ BO = '{"name": "Bo", "age": 3}'
 FENCED = f"Here it is:\n\n```json\n{BO}\n```\n"
 
 # What the scripted CLIs share. An answer is {"text": str or pieces of it, "json": what claude's tool is called with,
-# "fails": a message, "cut": at max_tokens, "waits": for a file of that name}. Each turn counts as 10 tokens in, 3 out.
+# "after": what it says after that, "again": what it says when claude asks it for the call, "tried": what it calls in
+# vain, "fails": a message, "cut": at max_tokens, "waits": for a file of that name}. A turn counts 10 tokens in, 3 out.
 TURNS = """
 HERE = %r
 if "--version" in sys.argv:
@@ -84,6 +85,10 @@ for line in sys.stdin:
         says(0, answer["text"])
     if "json" in answer:
         calls(0, answer["json"], True)
+        if "after" in answer:
+            event(type="content_block_start", index=2, content_block={"type": "text", "text": ""})
+            event(type="content_block_delta", index=2, delta={"type": "text_delta", "text": answer["after"]})
+            whole(0, {"type": "text", "text": answer["after"]})
         ends("tool_use", result=json.dumps(answer["json"]), structured_output=answer["json"])
     elif "again" in answer:  # prose, and no call; claude has asked for one itself
         says(1, [answer["again"]])
@@ -372,7 +377,7 @@ def test_claude_is_told_in_words_of_what_is_no_object(stage: Stage) -> None:
 def test_a_million_characters_of_json_get_through(stage: Stage, api: str, stream: bool) -> None:
     rows = {"rows": [{"name": f"row {number} " + 500 * "\u4f60", "age": number} for number in range(2000)]}
     schema = {"type": "object", "properties": {"rows": {"type": "array", "items": PERSON}}}
-    stage.answers({"text": ["One ", "moment."], "json": rows})
+    stage.answers({"text": ["One ", "moment."], "json": rows, "after": "That is all."})
     outcome = stage.ask(api, schema, "claude", stream=stream)
     assert json.loads(outcome.text or "") == rows and len(outcome.text or "") > 10**6 and len(stage.told) == 1
 

@@ -462,9 +462,9 @@ def test_a_fault_there_is_named_in_the_body_that_came(client: Client, body: Json
 AI_SDK = "ai/6.0.1 ai-sdk/openai/3.0.1 runtime/node.js/22"
 BODIES: Dict[str, Json] = {PATH: {"input": "hi"}, CHAT: {"messages": [{"role": "user", "content": "hi"}]},
                            "/openai/v1/completions": {"prompt": "hi"}}
-CODEX = {"originator": "codex_exec"}
+CODEX = {"originator": "codex_exec", "x_codex_turn_metadata": "{}"}
 WHO: List[Tuple[Dict[str, str], int, Optional[str]]] = [
-    (CODEX, 400, "invalid_prompt"), ({"originator": "codex-tui"}, 400, "invalid_prompt"),
+    (CODEX, 400, "invalid_prompt"), ({**CODEX, "originator": "an-editor"}, 400, "invalid_prompt"),
     ({"user_agent": AI_SDK}, 424, "backend_failed"), ({"user_agent": "OpenAI/Python 3"}, 502, "backend_failed"),
     ({"originator": "somebody"}, 502, "backend_failed"), ({}, 502, "backend_failed")]
 
