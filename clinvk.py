@@ -3348,8 +3348,9 @@ class Claude(JsonLines):
         if "structured_output" in message:
             yield Message(json.dumps(message["structured_output"], ensure_ascii=False), opens=True)
         broken = message.get("stop_reason") is None and not claude_models(own) and message.get("num_turns")
-        failed = bool(message.get("is_error")) and message.get("subtype") != self.SCHEMA_UNMET
-        if message.get("subtype") == self.SCHEMA_UNMET:
+        refused = message.get("subtype") == self.SCHEMA_UNMET
+        failed = bool(message.get("is_error")) and not refused
+        if refused:
             yield Refusal(text)
         elif failed:
             yield Failure(self.error(message.get("api_error_status"), text))
@@ -8286,23 +8287,14 @@ class Server:
         own_system_prompt = asked.system_prompt is not None
         asked, overruled = self.continued(asked, found, at) if found else (asked, [])
         backend = self.backend(asked.backend)
-        own_flags = dict.fromkeys(self.config.backends[asked.backend].allowed_extra_flags, True)
-        check_flags(asked.extra, {**backend.extra_flags, **own_flags}, asked.backend)
-        if backend.has_subcommands:
-            asked = dataclasses.replace(asked, extra=with_values_attached(asked.extra, own_flags))
-        workdir = self.empty_directory() if asked.isolated else allowed_workdir(asked.workdir, self.config, at)
-        asked = dataclasses.replace(asked, keeps=not (asked.ephemeral or asked.isolated))
-        request = settled(asked, self.config, workdir)
+        request = self.settled(asked, backend, at)
         fault = backend.refuses(request)
         if fault:
             raise Invalid([Problem(prompt_at, fault)])
         ignored = [*backend.ignored(request), *overruled]
         if request.dry_run:
-            shown = request if own_system_prompt or not request.system_prompt else \
-                dataclasses.replace(request, system_prompt="<system prompt>")
-            if request.keeps and not request.resume:
-                shown = dataclasses.replace(shown, resume=backend.new_conversation(), begins=True)
-            return Started(planned(told_schema(shown, backend), backend), request, ignored)
+            hides = bool(request.system_prompt) and not own_system_prompt
+            return Started(planned(request, backend, hides_system_prompt=hides), request, ignored)
         schema, request = request.schema, told_schema(request, backend)
 
         def run_of(request: Settled, *, admitted: bool = admitted) -> Events:
@@ -8323,6 +8315,16 @@ class Server:
             return started
         only_once = request.keeps or isinstance(backend, InProcess)
         return started._replace(events=fitted(started.events, schema, request.stops, None if only_once else again))
+
+    def settled(self, asked: PromptRequest, backend: Backend, at: str) -> Settled:
+        """With nothing left open; its flags and its directory are allowed."""
+        own_flags = dict.fromkeys(self.config.backends[asked.backend].allowed_extra_flags, True)
+        check_flags(asked.extra, {**backend.extra_flags, **own_flags}, asked.backend)
+        if backend.has_subcommands:
+            asked = dataclasses.replace(asked, extra=with_values_attached(asked.extra, own_flags))
+        workdir = self.empty_directory() if asked.isolated else allowed_workdir(asked.workdir, self.config, at)
+        asked = dataclasses.replace(asked, keeps=not (asked.ephemeral or asked.isolated))
+        return settled(asked, self.config, workdir)
 
     def in_session(self, request: Settled, found: Optional[Session], run_of: Callable[[Settled], Events],
                    ignored: List[str]) -> Started:
@@ -8450,9 +8452,13 @@ class Server:
         self.store.close(max(0.0, ends - time.monotonic()))
 
 
-def planned(request: Settled, backend: Backend) -> Events:
-    """`dry_run`: the command line that would run, and nothing else."""
-    yield Message(backend.plan(request), opens=True)
+def planned(request: Settled, backend: Backend, *, hides_system_prompt: bool) -> Events:
+    """`dry_run`: the command line that would run, and nothing else. A system prompt of the config's is not shown."""
+    if hides_system_prompt:
+        request = dataclasses.replace(request, system_prompt="<system prompt>")
+    if request.keeps and not request.resume:
+        request = dataclasses.replace(request, resume=backend.new_conversation(), begins=True)
+    yield Message(backend.plan(told_schema(request, backend)), opens=True)
     yield Done(0)
 
 
@@ -9409,10 +9415,11 @@ def answer_or_error(server: Server, router: bottle.Router, head: Head, request_i
 def error_answer(error: ClinvkError, head: Head, request_id: str) -> Answer:
     """In the shape of the API that was called; and such that the client does not repeat what must not be repeated."""
     renderer = renderer_of(head.path, speaks_anthropic=bool(head.get("anthropic-version")))
-    body, status, final = renderer.error(error, request_id), renderer.status(error), final_of(head)
-    if final and error.prompted and renderer is not Native and status in final.repeated:
+    body, status = renderer.error(error, request_id), renderer.status(error)
+    final = final_of(head) if error.prompted and renderer is not Native else None
+    if final and status in final.repeated:
         status = final.status
-        if final.code:
+        if final.code:  # of OpenAI's shape: Codex speaks no other
             body["error"]["code"] = final.code
     return Answer([to_json(body)], status, renderer.error_type, renderer.error_headers(error))
 
