@@ -2174,7 +2174,7 @@ class ResponsesRequest(Chat):
                                   schema=self.text.format.wanted)]
 
     @property
-    def echoed(self) -> Json:
+    def repeated(self) -> Json:
         """The fields that the answer repeats."""
         form = self.text.format
         described = {"name": form.name or "answer", "schema": form.schema, "strict": form.strict} if form.schema else {}
@@ -7049,15 +7049,11 @@ def marker() -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a renderer must know of the request: the model's name for the answer, the prompt's length ..."""
-    model: str = ""
+    """What any renderer must know of the request."""
+    model: str = ""  # as the answer names it
     characters: int = 0  # of the prompt of a run; of several, on average
-    include_usage: bool = False
     request_id: str = ""
     answers: int = 1  # how many runs it asks for
-    echoes: Sequence[str] = ()  # what each answer begins with
-    echoed: Json = dataclasses.field(default_factory=dict)  # fields that the answer repeats
-    final_code: str = ""  # what its client does not take for a failure that may pass, if x-should-retry is none of that
 
 
 class Renderer:
@@ -7105,9 +7101,22 @@ class Renderer:
         """The CLI's counts, else an estimate."""
         return total(result.usage or self.estimated(length(result.said)) for result in results)
 
+    def counted(self, voice: Voice) -> Usage:
+        """The same, of a run that a stream tells of."""
+        return voice.usage or self.estimated(voice.characters)
+
     def estimated(self, characters: int) -> Usage:
         """Of an answer of that length."""
         return Usage(max(1, estimate(self.asked.characters)), estimate(characters))
+
+
+class Voice(Joined):
+    """One of the runs that a stream tells of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.usage: Optional[Usage] = None
+        self.done = False
 
 
 def total(usages: Iterable[Usage]) -> Usage:
@@ -7233,12 +7242,24 @@ def done_content(result: Result, text: str) -> DoneContent:
 # ---- OpenAI
 
 class OpenAI(Renderer):
-    """SPEC 2.4: chat completions. Each run is one of the choices."""
+    """What OpenAI's endpoints have in common: their errors."""
     name, error_answer = "OpenAI", OpenAIError
-    ID, WHOLE, PIECE = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, asked: Asked) -> None:
+    @classmethod
+    def error(cls, error: ClinvkError, request_id: str) -> OpenAIError:
+        kind, code = error.openai
+        param = error.problems[0].location if error.problems else None
+        return {"error": {"message": error.whole, "type": kind, "param": param, "code": code}}
+
+
+class ChatCompletions(OpenAI):
+    """SPEC 2.4: chat completions. Each run is one of the choices."""
+    ID, WHOLE, PIECE = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    NOTHING: ClassVar[Json] = {"delta": {}}  # what the last chunk of a choice adds
+
+    def __init__(self, asked: Asked, *, include_usage: bool = False) -> None:
         super().__init__(asked)
+        self.include_usage = include_usage  # in a stream
         self.base: Json = {"id": self.ID + uuid.uuid4().hex, "created": int(time.time()), "model": asked.model,
                            "system_fingerprint": f"clinvk-{__version__}"}
 
@@ -7280,12 +7301,10 @@ class OpenAI(Renderer):
                 voices[index].done = True
                 if all(voice.done for voice in voices):
                     break
-        if self.asked.include_usage:
-            usage = total(voice.usage or self.estimated(voice.characters) for voice in voices)
+        if self.include_usage:
+            usage = total(map(self.counted, voices))
             yield server_sent({**self.base, "object": self.PIECE, "choices": [], "usage": openai_usage(usage)})
         yield b"data: [DONE]\n\n"
-
-    NOTHING: ClassVar[Json] = {"delta": {}}
 
     def begins(self, index: int) -> Iterator[bytes]:
         yield self.chunk(index, {"delta": {"role": "assistant", "content": ""}})
@@ -7301,43 +7320,33 @@ class OpenAI(Renderer):
     def chunk(self, index: int, added: Json, finish_reason: Optional[str] = None) -> bytes:
         choice = {"index": index, **added, "finish_reason": finish_reason, "logprobs": None}
         chunk = {**self.base, "object": self.PIECE, "choices": [choice]}
-        if self.asked.include_usage:
+        if self.include_usage:
             chunk["usage"] = None
         return server_sent(chunk)
-
-    @classmethod
-    def error(cls, error: ClinvkError, request_id: str) -> OpenAIError:
-        kind, code = error.openai
-        param = error.problems[0].location if error.problems else None
-        return {"error": {"message": error.whole, "type": kind, "param": param, "code": code}}
 
 
 FINISH_REASONS = {"end": "stop", "length": "length", "sequence": "stop"}
 
 
-class Voice(Joined):
-    """One of the runs that a stream tells of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.usage: Optional[Usage] = None
-        self.done = False
-
-
-class Completions(OpenAI):
+class Completions(ChatCompletions):
     """Completions of texts, which have no place for thinking."""
     ID, WHOLE, PIECE = "cmpl-", "text_completion", "text_completion"
     shown = (Message, Progress, Failure, Done)
     NOTHING: ClassVar[Json] = {"text": ""}
 
+    def __init__(self, asked: Asked, *, include_usage: bool = False, prompts: Sequence[str] = ()) -> None:
+        """`prompts`: those that the answers begin with, one for each, if they are to."""
+        super().__init__(asked, include_usage=include_usage)
+        self.prompts = prompts
+
     def choice(self, index: int, result: Result, texts: Dict[str, List[str]]) -> Json:
         text = marker()
-        texts[text] = [*self.asked.echoes[index:index + 1], *result.said]
+        texts[text] = [*self.prompts[index:index + 1], *result.said]
         return {"text": text}
 
     def begins(self, index: int) -> Iterator[bytes]:
-        for echo in self.asked.echoes[index:index + 1]:
-            yield self.says(index, echo)
+        if self.prompts:
+            yield self.says(index, self.prompts[index])
 
     def says(self, index: int, text: str) -> bytes:
         return self.chunk(index, {"text": text})
@@ -7403,45 +7412,50 @@ class Output:
     def __init__(self, kind: str, pieces: List[str]) -> None:
         self.kind, self.how, self.pieces = kind, OUTPUT_KINDS[kind], pieces
         self.id = self.how.prefix + uuid.uuid4().hex
+        self.text = marker()  # stands for its text
 
     def item(self, status: str, parts: List[Json]) -> Json:
         return {"id": self.id, **self.how.item, "status": status, self.how.parts: parts}
 
-    def whole(self, status: str, texts: Dict[str, List[str]]) -> Json:
-        """With its text, in `texts`."""
-        return self.item(status, [self.how.part_with(self.text(texts))])
+    @property
+    def part(self) -> Json:
+        return self.how.part_with(self.text)
 
-    def text(self, texts: Dict[str, List[str]]) -> str:
-        """The marker in `texts` of its text."""
-        stand_in = marker()
-        texts[stand_in] = list(self.pieces)
-        return stand_in
+
+def texts_in(output: Iterable[Output]) -> Dict[str, List[str]]:
+    """The texts of these items, by their markers, to be spliced in."""
+    return {item.text: list(item.pieces) for item in output}
 
 
 class Responses(OpenAI):
     """SPEC 2.7: a response, of one run."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Asked, *, repeated: Optional[Json] = None, final_code: str = "") -> None:
+        """`repeated`: the request's fields that the answer has, too. `final_code`: what the client does not take for a
+        failure that may pass, if any code is that."""
         super().__init__(asked)
+        self.final_code = final_code
         self.base = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()),
-                     "model": asked.model, **RESPONSE, **asked.echoed}
+                     "model": asked.model, **RESPONSE, **(repeated or {})}
         self.sequence = itertools.count()
         self.output: List[Output] = []
-        self.texts: Dict[str, List[str]] = {}  # those of the next event, by their markers
 
     def whole(self, results: Sequence[Result]) -> List[bytes]:
         result, = results
         if result.thoughts:
             self.output.append(Output("reasoning", result.thoughts))
-        refused = result.refusal is not None
-        self.output.append(Output("refusal", [result.refusal or ""]) if refused else Output("message", result.said))
-        return spliced(self.ended(result.done, self.usage(results)), self.texts)
+        if result.refusal is None:
+            self.output.append(Output("message", result.said))
+        else:
+            self.output.append(Output("refusal", [result.refusal]))
+        return spliced(self.ended(result.done, self.usage(results)), texts_in(self.output))
 
     def ended(self, done: Done, usage: Usage) -> Json:
-        status = "incomplete" if done.stop == "length" else "completed"
+        """The response as a whole, with a marker for each text."""
+        status = RESPONSE_STATUSES[done.stop]
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
         *before, last = self.output
-        items = [*(item.whole("completed", self.texts) for item in before), last.whole(status, self.texts)]
+        items = [*(item.item("completed", [item.part]) for item in before), last.item(status, [last.part])]
         return self.response(status, items, usage=response_usage(usage), incomplete_details=reason,
                              completed_at=int(time.time()))
 
@@ -7468,13 +7482,12 @@ class Responses(OpenAI):
                 yield from self.event("response.failed", response=self.failed(event.error))
                 return
             elif isinstance(event, Done):
-                yield from self.finishes(event, voice.usage or self.estimated(voice.characters))
+                yield from self.finishes(event, self.counted(voice))
                 return
 
-    def event(self, kind: str, **fields: Any) -> List[bytes]:
-        """One event, with its `texts`."""
-        texts, self.texts = self.texts, {}
-        return long_sent({"type": kind, "sequence_number": next(self.sequence), **fields}, texts, kind)
+    def event(self, kind: str, whole: Iterable[Output] = (), **fields: Any) -> List[bytes]:
+        """One event; `whole` are the items whose texts are in it."""
+        return long_sent({"type": kind, "sequence_number": next(self.sequence), **fields}, texts_in(whole), kind)
 
     def adds(self, kind: str, text: str) -> Iterator[bytes]:
         """More text of the item that is open, or of a new one."""
@@ -7500,25 +7513,27 @@ class Responses(OpenAI):
         if not self.output:
             return
         item = self.output[-1]
-        yield from self.event(f"response.{item.how.events}.done", **self.place(), **item.how.more,
-                              **{item.how.text: item.text(self.texts)})
-        yield from self.event(f"response.{item.how.part_events}.done", **self.place(),
-                              part=item.how.part_with(item.text(self.texts)))
-        yield from self.event("response.output_item.done", output_index=len(self.output) - 1,
-                              item=item.whole(status, self.texts))
+        text = {item.how.text: item.text}
+        yield from self.event(f"response.{item.how.events}.done", [item], **self.place(), **item.how.more, **text)
+        yield from self.event(f"response.{item.how.part_events}.done", [item], **self.place(), part=item.part)
+        yield from self.event("response.output_item.done", [item], output_index=len(self.output) - 1,
+                              item=item.item(status, [item.part]))
 
     def finishes(self, done: Done, usage: Usage) -> Iterator[bytes]:
         """The end of an answer, which has a message in any case."""
         if not self.output or self.output[-1].kind == "reasoning":
             yield from self.adds("message", "")
-        yield from self.closes("incomplete" if done.stop == "length" else "completed")
-        response = self.ended(done, usage)
-        yield from self.event(f"response.{response['status']}", response=response)
+        status = RESPONSE_STATUSES[done.stop]
+        yield from self.closes(status)
+        yield from self.event(f"response.{status}", self.output, response=self.ended(done, usage))
 
     def failed(self, error: ClinvkError) -> Json:
         kind, code = error.openai
-        told = {"type": kind, "code": self.asked.final_code or code or kind, "message": error.whole}
+        told = {"type": kind, "code": self.final_code or code or kind, "message": error.whole}
         return self.response("failed", error=told)
+
+
+RESPONSE_STATUSES = {"end": "completed", "length": "incomplete", "sequence": "completed"}
 
 
 def response_usage(usage: Usage) -> ResponseUsage:
@@ -7551,15 +7566,14 @@ class Anthropic(Renderer):
         return spliced({**self.base, "content": content, **stop, "usage": anthropic_usage(self.usage(results))}, texts)
 
     def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
-        usage: Optional[Usage] = None
         blocks, voice, begun, refused = Blocks(), Voice(), False, False
         for _, event in told:
             if isinstance(event, TokenUsage):
-                usage = event.usage
+                voice.usage = event.usage
                 continue
             if not begun:
                 begun = True
-                yield self.message_start(usage)
+                yield self.message_start(self.counted(voice))
             if isinstance(event, Message):
                 yield from blocks.say("text", voice.add(event))
             elif isinstance(event, Refusal):
@@ -7574,17 +7588,15 @@ class Anthropic(Renderer):
                 return
             elif isinstance(event, Done):
                 yield from blocks.finish()
-                counts = anthropic_usage(usage or self.estimated(voice.characters))
-                yield server_sent({"type": "message_delta", "delta": stop_of(event, refused=refused), "usage": counts},
-                                  "message_delta")
+                yield server_sent({"type": "message_delta", "delta": stop_of(event, refused=refused),
+                                   "usage": anthropic_usage(self.counted(voice))}, "message_delta")
                 yield server_sent({"type": "message_stop"}, "message_stop")
                 return
 
-    def message_start(self, usage: Optional[Usage]) -> bytes:
-        counts = usage or self.estimated(0)
-        shown = anthropic_usage(counts)
+    def message_start(self, usage: Usage) -> bytes:
+        counts = anthropic_usage(usage)
         message = {**self.base, "content": [], "stop_reason": None, "stop_sequence": None,
-                   "usage": {**shown, "input_tokens": max(1, shown["input_tokens"]), "output_tokens": 1}}
+                   "usage": {**counts, "input_tokens": max(1, counts["input_tokens"]), "output_tokens": 1}}
         return server_sent({"type": "message_start", "message": message}, "message_start") + server_sent(
             {"type": "ping"}, "ping")
 
@@ -8288,23 +8300,14 @@ class Server:
         own_system_prompt = asked.system_prompt is not None
         asked, overruled = self.continued(asked, found, at) if found else (asked, [])
         backend = self.backend(asked.backend)
-        own_flags = dict.fromkeys(self.config.backends[asked.backend].allowed_extra_flags, True)
-        check_flags(asked.extra, {**backend.extra_flags, **own_flags}, asked.backend)
-        if backend.has_subcommands:
-            asked = dataclasses.replace(asked, extra=with_values_attached(asked.extra, own_flags))
-        workdir = self.empty_directory() if asked.isolated else allowed_workdir(asked.workdir, self.config, at)
-        asked = dataclasses.replace(asked, keeps=not (asked.ephemeral or asked.isolated))
-        request = settled(asked, self.config, workdir)
+        request = self.settled(asked, backend, at)
         fault = backend.refuses(request)
         if fault:
             raise Invalid([Problem(prompt_at, fault)])
         ignored = [*backend.ignored(request), *overruled]
         if request.dry_run:
-            shown = request if own_system_prompt or not request.system_prompt else \
-                dataclasses.replace(request, system_prompt="<system prompt>")
-            if request.keeps and not request.resume:
-                shown = dataclasses.replace(shown, resume=backend.new_conversation(), begins=True)
-            return Started(planned(told_schema(shown, backend), backend), request, ignored)
+            hides = bool(request.system_prompt) and not own_system_prompt
+            return Started(planned(request, backend, hides_system_prompt=hides), request, ignored)
         schema, request = request.schema, told_schema(request, backend)
 
         def run_of(request: Settled, *, admitted: bool = admitted) -> Events:
@@ -8325,6 +8328,16 @@ class Server:
             return started
         only_once = request.keeps or isinstance(backend, InProcess)
         return started._replace(events=fitted(started.events, schema, request.stops, None if only_once else again))
+
+    def settled(self, asked: PromptRequest, backend: Backend, at: str) -> Settled:
+        """With nothing left open; its flags and its directory are allowed."""
+        own_flags = dict.fromkeys(self.config.backends[asked.backend].allowed_extra_flags, True)
+        check_flags(asked.extra, {**backend.extra_flags, **own_flags}, asked.backend)
+        if backend.has_subcommands:
+            asked = dataclasses.replace(asked, extra=with_values_attached(asked.extra, own_flags))
+        workdir = self.empty_directory() if asked.isolated else allowed_workdir(asked.workdir, self.config, at)
+        asked = dataclasses.replace(asked, keeps=not (asked.ephemeral or asked.isolated))
+        return settled(asked, self.config, workdir)
 
     def in_session(self, request: Settled, found: Optional[Session], run_of: Callable[[Settled], Events],
                    ignored: List[str]) -> Started:
@@ -8452,9 +8465,13 @@ class Server:
         self.store.close(max(0.0, ends - time.monotonic()))
 
 
-def planned(request: Settled, backend: Backend) -> Events:
-    """`dry_run`: the command line that would run, and nothing else."""
-    yield Message(backend.plan(request), opens=True)
+def planned(request: Settled, backend: Backend, *, hides_system_prompt: bool) -> Events:
+    """`dry_run`: the command line that would run, and nothing else. A system prompt of the config's is not shown."""
+    if hides_system_prompt:
+        request = dataclasses.replace(request, system_prompt="<system prompt>")
+    if request.keeps and not request.resume:
+        request = dataclasses.replace(request, resume=backend.new_conversation(), begins=True)
+    yield Message(backend.plan(told_schema(request, backend)), opens=True)
     yield Done(0)
 
 
@@ -8707,7 +8724,8 @@ CHAT_HEADERS = ("X-Clinvk-Backend", "X-Clinvk-Model", "X-Clinvk-Ignored", "X-Cli
        example={"model": "echo", "messages": [{"role": "user", "content": "hello"}]})
 def chat_completions(server: Server, call: Call) -> Answer:
     """Answer a chat, as OpenAI's API does. A body of /responses, with `input`, is answered so, too: Cursor sends it."""
-    return compat(server, call, OpenAI, include_usage=call.body.stream_options.include_usage)
+    include_usage = call.body.stream_options.include_usage
+    return compat(server, call, lambda asked: ChatCompletions(asked, include_usage=include_usage))
 
 
 @route("POST", "/openai/v1/completions", "/v1/completions", body=CompletionRequest, answer=TextCompletion,
@@ -8715,15 +8733,16 @@ def chat_completions(server: Server, call: Call) -> Answer:
        example={"model": "echo", "prompt": "hello"})
 def completions(server: Server, call: Call) -> Answer:
     """Complete a text, as editors ask for it while somebody types."""
-    return compat(server, call, Completions, include_usage=call.body.stream_options.include_usage,
-                  echoes=call.body.texts if call.body.echo else ())
+    prompts, include_usage = call.body.texts if call.body.echo else (), call.body.stream_options.include_usage
+    return compat(server, call, lambda asked: Completions(asked, include_usage=include_usage, prompts=prompts))
 
 
 @route("POST", "/openai/v1/responses", "/v1/responses", body=ResponsesRequest, answer=Response,
        events=ResponseEvent, errors=CHAT_ERRORS, headers=CHAT_HEADERS, example={"model": "echo", "input": "hello"})
 def responses(server: Server, call: Call) -> Answer:
     """Answer a chat, as OpenAI's newer API does. Nothing is stored, so that the input is always the whole chat."""
-    return compat(server, call, Responses, echoed=call.body.echoed)
+    repeated, final_code = call.body.repeated, call.final.code if call.final else ""
+    return compat(server, call, lambda asked: Responses(asked, repeated=repeated, final_code=final_code))
 
 
 @route("POST", "/anthropic/v1/messages", "/v1/messages", "/anthropic/v1/v1/messages", body=MessagesRequest,
@@ -8734,14 +8753,13 @@ def messages(server: Server, call: Call) -> Answer:
     return compat(server, call, Anthropic)
 
 
-def compat(server: Server, call: Call, kind: Type[Renderer], **about: Any) -> Answer:
-    """A request of the OpenAI or Anthropic API: the same runs, shown by `kind`; `about` is more that this must know."""
-    request = call.body
+def compat(server: Server, call: Call, renderer_for: Callable[[Asked], Renderer]) -> Answer:
+    """A request of the OpenAI or Anthropic API: the same runs, shown by a renderer of its own."""
+    request: Compat = call.body
     prompts = request.to_prompts(server.config)
     first, told = started_runs(server, call, prompts)
     characters = sum(len(one.prompt) + len(one.system_prompt or "") for one in prompts) // len(prompts)
-    renderer = kind(Asked(request.model, characters, request_id=call.request_id, answers=len(prompts),
-                          final_code=call.final.code if call.final else "", **about))
+    renderer = renderer_for(Asked(request.model, characters, call.request_id, answers=len(prompts)))
     headers = {"X-Clinvk-Backend": first.request.backend, "X-Clinvk-Model": first.request.model,
                "X-Clinvk-Ignored": ", ".join([*request.ignored(), *first.ignored])}
     headers = {name: re.sub(r"[^A-Za-z0-9_.,:/ @-]", "?", text)[:4000] for name, text in headers.items() if text}
@@ -9426,10 +9444,11 @@ def answer_or_error(server: Server, router: bottle.Router, head: Head, request_i
 def error_answer(error: ClinvkError, head: Head, request_id: str) -> Answer:
     """In the shape of the API that was called; and such that the client does not repeat what must not be repeated."""
     renderer = renderer_of(head.path, speaks_anthropic=bool(head.get("anthropic-version")))
-    body, status, final = renderer.error(error, request_id), renderer.status(error), final_of(head)
-    if final and error.prompted and renderer is not Native and status in final.repeated:
+    body, status = renderer.error(error, request_id), renderer.status(error)
+    final = final_of(head) if error.prompted and renderer is not Native else None
+    if final and status in final.repeated:
         status = final.status
-        if final.code:
+        if final.code:  # of OpenAI's shape: Codex speaks no other
             body["error"]["code"] = final.code
     return Answer([to_json(body)], status, renderer.error_type, renderer.error_headers(error))
 

@@ -8,9 +8,9 @@ from typing import Any, Dict, Generator, List, Optional, Sequence, Tuple
 import pytest
 
 import clinvk
-from clinvk import (Asked, BackendAuth, BackendFailed, BackendUnavailable, ClinvkError, Done, Event, Failure, Init,
-                    Invalid, Message, OpenAI, Problem, Progress, RateLimited, Thinking, TimedOut, TokenUsage,
-                    ToolResult, ToolUse, UnknownModel, Usage, collect, cut_at)
+from clinvk import (Asked, BackendAuth, BackendFailed, BackendUnavailable, ChatCompletions, ClinvkError, Done, Event,
+                    Failure, Init, Invalid, Message, OpenAI, Problem, Progress, RateLimited, Thinking, TimedOut,
+                    TokenUsage, ToolResult, ToolUse, UnknownModel, Usage, collect, cut_at)
 from conftest import told
 
 INSIDE, BESIDE = Usage(101, 12, 40, 0, 7), Usage(101, 12, 40, 3, cache_inside=False)
@@ -33,12 +33,13 @@ def usage_of(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) 
 
 
 def whole(events: Sequence[Event], **asked: Any) -> Dict[str, Any]:
-    answer: Dict[str, Any] = json.loads(b"".join(OpenAI(Asked("claude/opus", **asked)).whole([collect(iter(events))])))
+    renderer = ChatCompletions(Asked("claude/opus", **asked))
+    answer: Dict[str, Any] = json.loads(b"".join(renderer.whole([collect(iter(events))])))
     return answer
 
 
-def sent(events: Sequence[Event], **asked: Any) -> bytes:
-    return b"".join(OpenAI(Asked("claude/opus", **asked)).stream(told(events)))
+def sent(events: Sequence[Event], *, include_usage: bool = False, **asked: Any) -> bytes:
+    return b"".join(ChatCompletions(Asked("claude/opus", **asked), include_usage=include_usage).stream(told(events)))
 
 
 def chunks(events: Sequence[Event], **asked: Any) -> List[Any]:
@@ -185,7 +186,7 @@ QUESTION: Dict[str, Any] = {"model": "claude/opus", "messages": [{"role": "user"
 
 @pytest.mark.parametrize("events, text, thoughts", RUNS)
 def test_openai_python_reads_a_whole_answer(events: List[Event], text: str, thoughts: str) -> None:
-    body = b"".join(OpenAI(Asked("claude/opus")).whole([collect(iter(events))]))
+    body = b"".join(ChatCompletions(Asked("claude/opus")).whole([collect(iter(events))]))
     answer = openai_client(body, "application/json").chat.completions.create(**QUESTION)
     type(answer).model_validate(json.loads(body))  # strict, as create() is not
     assert answer.choices[0].message.content == text

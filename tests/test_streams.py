@@ -5,9 +5,9 @@ import json
 from typing import Any, Callable, List, NamedTuple, Tuple, Type
 
 import pytest
-from clinvk import (Anthropic, Asked, BackendAuth, BackendFailed, Completions, Done, Event, Failure, Init, Message,
-                    OpenAI, Progress, RateLimited, Refusal, Renderer, Responses, Thinking, TimedOut, Told, TokenUsage,
-                    ToolResult, ToolUse, Usage, collect)
+from clinvk import (Anthropic, Asked, BackendAuth, BackendFailed, ChatCompletions, Completions, Done, Event, Failure,
+                    Init, Message, Progress, RateLimited, Refusal, Renderer, Responses, Thinking, TimedOut, Told,
+                    TokenUsage, ToolResult, ToolUse, Usage, collect)
 from conftest import Client, told
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -80,7 +80,7 @@ class Api(NamedTuple):
 
     def streamed(self, events: List[Told], **asked: Any) -> List[Heard]:
         wants = {"include_usage": True} if self.asks_for_usage else {}
-        body = b"".join(self.renderer(Asked("model", **asked, **wants)).stream(iter(events)))
+        body = b"".join(self.renderer(Asked("model", **asked), **wants).stream(iter(events)))
         return self.check_stream(self.read(body), **wants)
 
     def whole(self, *runs: List[Event], **asked: Any) -> List[Heard]:
@@ -88,7 +88,8 @@ class Api(NamedTuple):
         return self.check_whole(json.loads(b"".join(self.renderer(Asked("model", **asked)).whole(results))))
 
 
-CHAT = Api(OpenAI, data_of, check_chat_stream, check_completion, check_openai_error, "/openai/v1/chat/completions")
+CHAT = Api(ChatCompletions, data_of, check_chat_stream, check_completion, check_openai_error,
+           "/openai/v1/chat/completions")
 TEXTS = Api(Completions, data_of, check_text_stream, check_text_completion, check_openai_error,
             "/openai/v1/completions")
 RESPONSES = Api(Responses, events_of, check_responses_stream, check_response, check_openai_error,
