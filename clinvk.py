@@ -3157,7 +3157,8 @@ class Claude(JsonLines):
     def schema_for(self, schema: Json) -> Optional[Json]:
         """An object's, as far as claude knows its words: clinvk looks at the answer, too."""
         known = with_words(schema, self.SCHEMA_WORDS)
-        return known if isinstance(known, dict) and known.get("type") == "object" else None
+        whole = not any(JsonSchema(known).faults())  # a `$ref` may lead to what claude does not know
+        return known if isinstance(known, dict) and known.get("type") == "object" and whole else None
 
     def stored(self) -> str:
         return " ".join(map(file_stamp, self.transcripts(self.session_id)))

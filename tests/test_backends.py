@@ -1817,3 +1817,14 @@ def test_what_a_cli_has_taken_in_is_of_its_day(name: str, config: Config, monkey
     monkeypatch.undo()
     time.tzset()
     assert stamps[0] == stamps[1] != stamps[2]
+
+
+@pytest.mark.parametrize("schema, told", [
+    ({"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"type": "null"}}}, True),
+    ({"type": "object", "properties": {"a": {"$ref": "#/components/b"}}, "components": {"b": {"type": "null"}}}, False),
+    ({"type": "object", "properties": {"a": {"$ref": "#b"}}, "$defs": {"b": {"$anchor": "b"}}}, False)])
+def test_claude_is_told_no_schema_of_which_a_part_would_be_left_out_that_it_refers_to(schema: Any, told: bool,
+                                                                                   config: Config) -> None:
+    assert clinvk.schema_faults(schema) == []
+    assert (backend_of("claude", config).schema_for(schema) == schema) is told
+    assert told or backend_of("claude", config).schema_for(schema) is None
