@@ -352,7 +352,8 @@ class Checker:
         """A field that `model` does not have, or not over the wire though its base has."""
         place = f"{at}.{name}" if at else name
         if issubclass(model, Open):
-            self.unknown.append(re.sub(r"\[\d+\]", "", place))
+            if not issubclass(model, Kept):
+                self.unknown.append(re.sub(r"\[\d+\]", "", place))
         elif any(name in wire_fields(base) for base in model.__mro__[1:-1]):
             if value is not None:
                 self.wrong(place, "can not be set here; leave it out")

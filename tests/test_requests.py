@@ -120,6 +120,12 @@ def test_an_open_model_takes_unknown_fields_and_keeps_their_names() -> None:
     assert sorted(request.unknown) == ["messages.content.colour", "messages.mood", "seed", "top_p"]
 
 
+def test_what_an_item_keeps_whole_is_not_ignored() -> None:
+    items = [{"type": "function_call", "name": "f", "arguments": "{}"}, {"type": "local_shell_call", "action": {"a": 1}},
+             {"role": "user", "content": "a", "mood": 1}]
+    assert clinvk.check(clinvk.ResponsesRequest, {"model": "echo", "input": items}).unknown == ("input.mood",)
+
+
 def test_a_number_too_large_for_a_float_is_a_fault_of_the_request() -> None:
     (found,) = problems(clinvk.PromptRequest, {"backend": "echo", "prompt": "a", "timeout_secs": 10 ** 400})
     assert found[0] == "timeout_secs"
