@@ -7023,22 +7023,24 @@ def to_json(value: Any) -> bytes:
         return json.dumps(value, separators=(",", ":")).encode()
 
 
-def spliced(value: Any, texts: Mapping[str, List[str]]) -> List[bytes]:
+def spliced(value: Any, texts: Mapping[str, List[str]]) -> Iterator[bytes]:
     """`value` as JSON, in blocks, its marker strings replaced by long texts in pieces: no text is ever held twice.
 
     A piece is let go as soon as it is encoded, so the lists of `texts` are empty afterwards."""
-    blocks, rest = [bytearray()], to_json(value)
+    block, rest = bytearray(), to_json(value)
     for stand_in, pieces in texts.items():
         head, _, rest = rest.partition(to_json(stand_in))
-        blocks[-1] += head + b'"'
+        block += head + b'"'
         pieces.reverse()
         while pieces:
-            if len(blocks[-1]) > BLOCK:
-                blocks.append(bytearray())
-            blocks[-1] += to_json(pieces.pop())[1:-1]
-        blocks[-1] += b'"'
-    blocks[-1] += rest
-    return [bytes(blocks.pop(0)) for _ in range(len(blocks))]
+            piece = pieces.pop()
+            for at in range(0, len(piece), BLOCK):
+                if len(block) > BLOCK:
+                    yield bytes(block)
+                    block.clear()
+                block += to_json(piece[at:at + BLOCK])[1:-1]
+        block += b'"'
+    yield bytes(block + rest)
 
 
 BLOCK = 64 * 1024  # bytes that are sent at once, at least: deltas are a few bytes each
@@ -7140,7 +7142,7 @@ class Native(Renderer):
 
     def whole(self, results: Sequence[Result]) -> List[bytes]:
         text, (result,) = marker(), results
-        return spliced(self.answer(result, text), {text: result.final})
+        return [*spliced(self.answer(result, text), {text: result.final})]
 
     def answer(self, result: Result, output: str) -> Json:
         """SPEC 2.1's answer; what does not apply is left out."""
@@ -7207,7 +7209,7 @@ class Several:
         around = self.summary([result for _, result, _ in ran], answers)
         duration = round(1000 * (time.monotonic() - self.began))
         texts = {text: result.final for _, result, text in ran}
-        return spliced({**more, **around, "total_duration_ms": duration}, texts)
+        return [*spliced({**more, **around, "total_duration_ms": duration}, texts)]
 
     def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
         sequence = 0
@@ -7267,10 +7269,10 @@ class ChatCompletions(OpenAI):
 
     def whole(self, results: Sequence[Result]) -> List[bytes]:
         texts: Dict[str, List[str]] = {}
+        usage = openai_usage(self.usage(results))
         choices = [{"index": index, **self.choice(index, result, texts), "logprobs": None,
                     "finish_reason": FINISH_REASONS[result.done.stop]} for index, result in enumerate(results)]
-        usage = openai_usage(self.usage(results))
-        return spliced({**self.base, "object": self.WHOLE, "choices": choices, "usage": usage}, texts)
+        return [*spliced({**self.base, "object": self.WHOLE, "choices": choices, "usage": usage}, texts)]
 
     def choice(self, index: int, result: Result, texts: Dict[str, List[str]]) -> Json:
         """What was answered; its long texts go to `texts`, under their markers."""
@@ -7343,7 +7345,8 @@ class Completions(ChatCompletions):
 
     def choice(self, index: int, result: Result, texts: Dict[str, List[str]]) -> Json:
         text = marker()
-        texts[text] = [*self.prompts[index:index + 1], *result.said]
+        texts[text] = result.said
+        texts[text][:0] = self.prompts[index:index + 1]
         return {"text": text}
 
     def begins(self, index: int) -> Iterator[bytes]:
@@ -7362,10 +7365,10 @@ def server_sent(value: Any, event: str = "") -> bytes:
     return b"".join(long_sent(value, {}, event))
 
 
-def long_sent(value: Any, texts: Mapping[str, List[str]], event: str = "") -> List[bytes]:
+def long_sent(value: Any, texts: Mapping[str, List[str]], event: str = "") -> Iterator[bytes]:
     """The same, with long texts in place of their markers."""
     head = f"event: {event}\n".encode() if event else b""
-    return [head + b"data: ", *spliced(value, texts), b"\n\n"]
+    return itertools.chain([head + b"data: "], spliced(value, texts), [b"\n\n"])
 
 
 def openai_usage(usage: Usage) -> OpenAIUsage:
@@ -7424,9 +7427,9 @@ class Output:
         return self.how.part_with(self.text)
 
 
-def texts_in(output: Iterable[Output]) -> Dict[str, List[str]]:
-    """The texts of these items, by their markers, to be spliced in."""
-    return {item.text: list(item.pieces) for item in output}
+def long_texts(output: Iterable[Output], *, last: bool) -> Dict[str, List[str]]:
+    """The texts of these items, by their markers; for the `last` time, so that nothing keeps them any longer."""
+    return {item.text: item.pieces if last else list(item.pieces) for item in output}
 
 
 class Responses(OpenAI):
@@ -7443,14 +7446,14 @@ class Responses(OpenAI):
         self.output: List[Output] = []
 
     def whole(self, results: Sequence[Result]) -> List[bytes]:
-        result, = results
+        usage, (result,) = self.usage(results), results
         if result.thoughts:
             self.output.append(Output("reasoning", result.thoughts))
         if result.refusal is None:
             self.output.append(Output("message", result.said))
         else:
             self.output.append(Output("refusal", [result.refusal]))
-        return spliced(self.ended(result.done, self.usage(results)), texts_in(self.output))
+        return [*spliced(self.ended(result.done, usage), long_texts(self.output, last=True))]
 
     def ended(self, done: Done, usage: Usage) -> Json:
         """The response as a whole, with a marker for each text."""
@@ -7487,9 +7490,10 @@ class Responses(OpenAI):
                 yield from self.finishes(event, self.counted(voice))
                 return
 
-    def event(self, kind: str, whole: Iterable[Output] = (), **fields: Any) -> List[bytes]:
-        """One event; `whole` are the items whose texts are in it."""
-        return long_sent({"type": kind, "sequence_number": next(self.sequence), **fields}, texts_in(whole), kind)
+    def event(self, kind: str, texts: Optional[Dict[str, List[str]]] = None, **fields: Any) -> Iterator[bytes]:
+        """One event; sent in one piece, if it has none of the long texts."""
+        value = {"type": kind, "sequence_number": next(self.sequence), **fields}
+        return long_sent(value, texts, kind) if texts else iter([server_sent(value, kind)])
 
     def adds(self, kind: str, text: str) -> Iterator[bytes]:
         """More text of the item that is open, or of a new one."""
@@ -7515,10 +7519,12 @@ class Responses(OpenAI):
         if not self.output:
             return
         item = self.output[-1]
+        def texts() -> Dict[str, List[str]]:
+            return long_texts([item], last=False)
         text = {item.how.text: item.text}
-        yield from self.event(f"response.{item.how.events}.done", [item], **self.place(), **item.how.more, **text)
-        yield from self.event(f"response.{item.how.part_events}.done", [item], **self.place(), part=item.part)
-        yield from self.event("response.output_item.done", [item], output_index=len(self.output) - 1,
+        yield from self.event(f"response.{item.how.events}.done", texts(), **self.place(), **item.how.more, **text)
+        yield from self.event(f"response.{item.how.part_events}.done", texts(), **self.place(), part=item.part)
+        yield from self.event("response.output_item.done", texts(), output_index=len(self.output) - 1,
                               item=item.item(status, [item.part]))
 
     def finishes(self, done: Done, usage: Usage) -> Iterator[bytes]:
@@ -7527,7 +7533,8 @@ class Responses(OpenAI):
             yield from self.adds("message", "")
         status = RESPONSE_STATUSES[done.stop]
         yield from self.closes(status)
-        yield from self.event(f"response.{status}", self.output, response=self.ended(done, usage))
+        response = self.ended(done, usage)
+        yield from self.event(f"response.{status}", long_texts(self.output, last=True), response=response)
 
     def failed(self, error: ClinvkError) -> Json:
         kind, code = error.openai
@@ -7565,7 +7572,8 @@ class Anthropic(Renderer):
         content.append({"type": "text", "text": text})
         texts[text] = result.said if result.refusal is None else [result.refusal]
         stop = stop_of(result.done, refused=result.refusal is not None)
-        return spliced({**self.base, "content": content, **stop, "usage": anthropic_usage(self.usage(results))}, texts)
+        return [*spliced({**self.base, "content": content, **stop, "usage": anthropic_usage(self.usage(results))},
+                         texts)]
 
     def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
         blocks, voice, begun, refused = Blocks(), Voice(), False, False

@@ -313,5 +313,5 @@ def test_a_stop_sequence_may_lie_across_two_messages_of_an_agent_run(stops: List
 
 
 def test_a_whole_answer_is_sent_in_few_blocks_however_many_pieces_it_came_in() -> None:
-    blocks = clinvk.spliced({"text": "T", "rest": 1}, {"T": ["ab"] * 100_000})
+    blocks = [*clinvk.spliced({"text": "T", "rest": 1}, {"T": ["ab"] * 100_000})]
     assert 1 < len(blocks) < 6 and json.loads(b"".join(blocks)) == {"text": "ab" * 100_000, "rest": 1}

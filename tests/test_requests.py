@@ -121,8 +121,8 @@ def test_an_open_model_takes_unknown_fields_and_keeps_their_names() -> None:
 
 
 def test_what_an_item_keeps_whole_is_not_ignored() -> None:
-    items = [{"type": "function_call", "name": "f", "arguments": "{}"}, {"type": "local_shell_call", "action": {"a": 1}},
-             {"role": "user", "content": "a", "mood": 1}]
+    items = [{"type": "function_call", "name": "f", "arguments": "{}"},
+             {"type": "local_shell_call", "action": {"a": 1}}, {"role": "user", "content": "a", "mood": 1}]
     assert clinvk.check(clinvk.ResponsesRequest, {"model": "echo", "input": items}).unknown == ("input.mood",)
 
 

@@ -1,7 +1,9 @@
 """Any run that can be, through each API's renderer: what comes out is what the strictest clients demand (strict.py),
 and a stream says what a whole answer says."""
 
+import itertools
 import json
+import tracemalloc
 from typing import Any, Callable, List, NamedTuple, Tuple, Type
 
 import pytest
@@ -178,3 +180,18 @@ def test_the_server_itself_answers_as_strict_clients_demand(api: Api, client: Cl
     [heard] = api.check_stream(api.read(streamed.body), **wants)
     assert [heard] == api.check_whole(client.call("POST", api.path, body).json) and heard.text == prompt
     assert api.check_error(client.call("POST", api.path, {**body, "model": "nothing-known"}).json)
+
+
+@pytest.mark.parametrize("renderer", [ChatCompletions, Completions, Responses, Anthropic])
+@pytest.mark.parametrize("way", ["whole", "stream"])
+def test_a_long_answer_is_held_once(renderer: Any, way: str) -> None:
+    pieces = 1000
+    run = itertools.chain((Message("x" * 10_000, opens=not number) for number in range(pieces)), [Done(0)])
+    tracemalloc.start()
+    try:
+        whole = renderer(Asked("m")).whole([collect(run)]) if way == "whole" else []
+        size = sum(map(len, whole or renderer(Asked("m")).stream(told(run))))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size > pieces * 10_000 > peak / 1.3
