@@ -61,13 +61,17 @@ def plain(value: Any) -> Any:
             if name not in ("created_at", "completed_at")}
 
 
+def renderer(characters: int = 0, **own: Any) -> clinvk.Responses:
+    return clinvk.Responses(Asked("claude/opus", characters), **own)
+
+
 def whole(events: Sequence[Event], **asked: Any) -> Json:
-    answer: Json = json.loads(b"".join(clinvk.Responses(Asked("claude/opus", **asked)).whole([collect(iter(events))])))
+    answer: Json = json.loads(b"".join(renderer(**asked).whole([collect(iter(events))])))
     return answer
 
 
 def sent(events: Sequence[Event], **asked: Any) -> bytes:
-    return b"".join(clinvk.Responses(Asked("claude/opus", **asked)).stream(told(events)))
+    return b"".join(renderer(**asked).stream(told(events)))
 
 
 def streamed(events: Sequence[Event], **asked: Any) -> List[Json]:
@@ -122,9 +126,9 @@ def test_the_answer_repeats_what_it_was_asked() -> None:
     repeated = {"instructions": "Be brief.", "max_output_tokens": 9, "metadata": {"a": "b"}, "tool_choice": "none",
                 "reasoning": {"effort": "low", "summary": "auto"},
                 "text": {"format": {"type": "json_schema", "name": "n", "strict": True, "schema": {"type": "object"}}}}
-    for response in (whole(PLAIN, echoed=asked.echoed), streamed(PLAIN, echoed=asked.echoed)[0]["response"]):
+    for response in (whole(PLAIN, repeated=asked.repeated), streamed(PLAIN, repeated=asked.repeated)[0]["response"]):
         assert {name: response[name] for name in repeated} == repeated
-    nothing = clinvk.check(ResponsesRequest, {"model": "claude", "input": "hi"}).echoed
+    nothing = clinvk.check(ResponsesRequest, {"model": "claude", "input": "hi"}).repeated
     assert {**RESPONSE, **nothing} == RESPONSE
 
 
