@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple, Union
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import clinvk
@@ -316,7 +316,15 @@ def test_a_chat_of_openais_can_be_read_back(talk: List[Tuple[Json, Said]]) -> No
     told(prompt_of(clinvk.ChatRequest, messages=[message for message, _ in talk]), [said for _, said in talk])
 
 
+HI: Tuple[Json, List[Said]] = ({"role": "assistant", "content": "hi"}, [Said("assistant", ("hi",))])
+EMPTY: Tuple[Json, List[Said]] = ({"role": "assistant", "content": []}, [Said("assistant", ())])
+CALL: Tuple[Json, List[Said]] = ({"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}, [
+    Said("assistant", (element("tool_call", "{}", id="c", name="f"),))])
+
+
 @MODEST
+@example([HI, EMPTY])
+@example([HI, EMPTY, CALL, CALL])
 @given(st.lists(item(), min_size=1, max_size=5).filter(
     lambda talk: has_text([one for _, said in talk for one in said])))
 def test_a_chat_in_items_can_be_read_back(talk: List[Tuple[Json, List[Said]]]) -> None:
