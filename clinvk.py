@@ -774,7 +774,7 @@ def schema_faults(schema: Any) -> List[str]:
 def faults(value: Any, schema: Any) -> List[str]:
     """What is wrong with a value of `json_in`. The schema must be one without faults."""
     try:
-        found = JsonSchema(schema).judge(schema, value, ()).faults
+        found = Judge(JsonSchema(schema)).judge(schema, value, ()).faults
     except RecursionError:
         return ["$: is nested too deep to be checked"]
     return [*dict.fromkeys(map(str, found))][:FAULTS_TOLD]
@@ -900,8 +900,8 @@ TYPES = frozenset("null boolean integer number string array object".split())
 REFERENCES = frozenset("$ref $dynamicRef $recursiveRef".split())  # all the same where there is but one document
 ONE_SCHEMA = ("additionalProperties unevaluatedProperties propertyNames additionalItems unevaluatedItems contains "
               "not if then else")
-NAMED_SCHEMAS = "properties patternProperties dependentSchemas dependencies $defs definitions"
-HOLD_SCHEMAS = frozenset(f"{ONE_SCHEMA} {NAMED_SCHEMAS} items prefixItems allOf anyOf oneOf".split())
+NAMED_SCHEMAS = frozenset("properties patternProperties dependentSchemas dependencies $defs definitions".split())
+HOLD_SCHEMAS = NAMED_SCHEMAS.union(f"{ONE_SCHEMA} items prefixItems allOf anyOf oneOf".split())
 SAME_VALUE = REFERENCES.union("allOf anyOf oneOf not if then else dependentSchemas dependencies".split())
 
 
@@ -968,7 +968,7 @@ def schemas_in(schema: Json) -> Iterator[Tuple[str, Place, Any]]:
     """The schemas that stand in one: keyword, place, schema."""
     for keyword in filter(HOLD_SCHEMAS.__contains__, schema):
         said = schema[keyword]
-        if keyword in NAMED_SCHEMAS.split() and isinstance(said, dict):
+        if keyword in NAMED_SCHEMAS and isinstance(said, dict):
             yield from ((keyword, (keyword, name), item) for name, item in said.items()
                         if keyword != "dependencies" or not isinstance(item, list))
         elif isinstance(said, list):
@@ -994,24 +994,13 @@ def schemas_for(schema: Json, value: Any, place: Any) -> List[Any]:
     return named or ([schema["additionalProperties"]] if "additionalProperties" in schema else [])
 
 
-class Verdict(NamedTuple):
-    """What a schema finds wrong with a value, and the members of the value that it spoke of."""
-    faults: List[Fault]
-    known: FrozenSet[Union[str, int]] = frozenset()
-
-
 class JsonSchema:
-    """A JSON Schema, draft 2020-12, or draft-07 where that has other words: what it says of values.
-
-    `format` counts for those of FORMATS, and what stands beside a `$ref` counts in draft-07, too. One instance for each
-    value that is judged."""
+    """A JSON Schema, draft 2020-12, or draft-07 where that has other words: the schemas in it, and its faults."""
 
     def __init__(self, document: Any) -> None:
         self.document = document
-        # By a `$ref`, of one value: schemas that refer to each other twice would take twice as long at each level.
-        self.judged: Dict[Tuple[int, int, Place], Verdict] = {}
         self.url = str(document.get("$id", "")).partition("#")[0] if isinstance(document, dict) else ""
-        self.anchors: Dict[str, Any] = {}
+        self.anchors: Dict[str, Any] = {}  # none, while they are looked for
         self.anchors = {str(schema[word]).lstrip("#"): schema for _, schema in self.reached()
                         if isinstance(schema, dict) for word in ("$anchor", "$dynamicAnchor", "$id") if word in schema}
 
@@ -1078,6 +1067,23 @@ class JsonSchema:
             return "is supported at the top only"
         return ""
 
+
+class Verdict(NamedTuple):
+    """What a schema finds wrong with a value, and the members of the value that it spoke of."""
+    faults: List[Fault]
+    known: FrozenSet[Union[str, int]] = frozenset()
+
+
+class Judge:
+    """What the schemas of a document say of one value.
+
+    `format` counts for those of FORMATS, and what stands beside a `$ref` counts in draft-07, too."""
+
+    def __init__(self, document: JsonSchema) -> None:
+        self.document = document
+        # By a `$ref`: schemas that refer to each other twice would take twice as long at each level.
+        self.judged: Dict[Tuple[int, int, Place], Verdict] = {}
+
     def judge(self, schema: Any, value: Any, at: Place) -> Verdict:
         """One schema of this document, and one value, which stands at that place."""
         if isinstance(schema, bool):
@@ -1101,7 +1107,7 @@ class JsonSchema:
     def verdicts(self, schema: Json, value: Any, at: Place) -> Iterator[Verdict]:
         """Of the keywords that hand the whole value on to other schemas."""
         for word in REFERENCES.intersection(schema):
-            inner = self.named(schema[word])
+            inner = self.document.named(schema[word])
             key = id(inner), id(value), at
             if key not in self.judged:
                 self.judged[key] = self.judge(inner, value, at)
@@ -1194,16 +1200,21 @@ def is_strict(schema: Any) -> bool:
 
 def is_strict_part(at: Place, part: Json) -> bool:
     """Whether this schema may stand there, whatever stands in it."""
-    types, words = listed(part.get("type", [])), part.keys()
-    properties, is_closed = {*part.get("properties", ())}, part.get("additionalProperties") is False
-    levels = sum(step in ("properties", "items") for step in at)
+    words, types, properties = part.keys(), listed(part.get("type", [])), {*part.get("properties", ())}
+    if not STRICT_KEYWORDS.issuperset(words) or part.get("format", "date") not in STRICT_FORMATS:
+        return False
+    if "$ref" in words:
+        return words == {"$ref"}
+    if words.isdisjoint({"type", "anyOf", "enum", "const"}):
+        return False
+    is_full = part.get("additionalProperties") is False and {*part.get("required", ())} == properties
+    if ("object" in types or properties) and not is_full:
+        return False
+    if isinstance(part.get("items"), dict) != ("array" in types):
+        return False
     inner = [schema for keyword, _, schema in schemas_in(part) if keyword != "additionalProperties"]
-    return (STRICT_KEYWORDS.issuperset(words)
-            and (words == {"$ref"} or "$ref" not in words and not words.isdisjoint({"type", "anyOf", "enum", "const"}))
-            and all(isinstance(schema, dict) for schema in inner) and (levels < 10 or not inner)
-            and ("object" not in types and not properties or is_closed and {*part.get("required", ())} == properties)
-            and isinstance(part.get("items"), dict) == ("array" in types)
-            and part.get("format", "date") in STRICT_FORMATS)
+    levels = sum(step in ("properties", "items") for step in at)
+    return all(isinstance(schema, dict) for schema in inner) and (levels < 10 or not inner)
 
 
 def with_words(schema: Any, words: Container[str]) -> Any:
@@ -1213,10 +1224,12 @@ def with_words(schema: Any, words: Container[str]) -> Any:
     if not isinstance(schema, dict):
         return schema
     kept = {keyword: said for keyword, said in schema.items() if keyword in words}
-    for keyword in filter(HOLD_SCHEMAS.__contains__, tuple(kept)):
-        named = keyword in NAMED_SCHEMAS.split() and isinstance(kept[keyword], dict)
-        kept[keyword] = {name: with_words(item, words) for name, item in kept[keyword].items()} if named else \
-            with_words(kept[keyword], words)
+    for keyword in HOLD_SCHEMAS.intersection(kept):
+        said = kept[keyword]
+        if keyword in NAMED_SCHEMAS and isinstance(said, dict):
+            kept[keyword] = {name: with_words(item, words) for name, item in said.items()}
+        else:
+            kept[keyword] = with_words(said, words)
     return kept
 
 
