@@ -748,8 +748,8 @@ def value_at(config: Any, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
 
-# ==== Structured output ===========================================================================
-# In: a JSON Schema, and the text of an answer. Out: the text as JSON that the schema describes, or why it is none.
+# ==== JSON Schema =================================================================================
+# In: a JSON Schema, and a value. Out: what is wrong with the one or the other.
 
 Place = Tuple[Union[str, int], ...]  # the keys and indexes that lead to a part of a value
 FAULTS_TOLD = 10  # of one answer: enough for a model to mend it
@@ -772,35 +772,12 @@ def schema_faults(schema: Any) -> List[str]:
 
 
 def faults(value: Any, schema: Any) -> List[str]:
-    """What is wrong with a value of `json_in`. The schema must be one without faults."""
+    """What is wrong with a value. The schema must be one without faults."""
     try:
         found = Judge(JsonSchema(schema)).judge(schema, value, ()).faults
     except RecursionError:
         return ["$: is nested too deep to be checked"]
     return [*dict.fromkeys(map(str, found))][:FAULTS_TOLD]
-
-
-# A fence that is not closed goes to the end, as in CommonMark; so each character is looked at once.
-FENCED = re.compile(r"^[ \t]*```[^`\n]*\n(.*?)(?:```[ \t\r]*$|\Z)", re.DOTALL | re.MULTILINE)
-
-
-def json_in(text: str) -> Tuple[Any, str]:
-    """The one JSON value that an answer is, or that stands in its one code fence; and its text, as it was written.
-    Raises ValueError: why there is none."""
-    blocks = FENCED.findall(text)
-    inner = (blocks[0] if len(blocks) == 1 else text).strip()  # no line of JSON begins with a fence
-    try:
-        return json.loads(inner, parse_float=finite, parse_constant=finite), inner
-    except RecursionError:
-        raise ValueError("is nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"is not one JSON value and nothing else: {error}" if inner else "is empty") from error
-
-
-def finite(number: str) -> float:
-    if not math.isfinite(float(number)):
-        raise ValueError(f"{number} is no number of JSON's, or too large")
-    return float(number)
 
 
 def kinds_of(value: Any) -> Tuple[str, ...]:
@@ -7756,6 +7733,29 @@ def fitted(events: Events, schema: Json, stops: Sequence[str],
 
 AS_JSON = "Answer with JSON and nothing else, without code fences. It must fit this JSON Schema:\n\n{}"
 REPAIR = "Your answer does not fit its JSON Schema ({}). " + AS_JSON
+
+
+# A fence that is not closed goes to the end, as in CommonMark; so each character is looked at once.
+FENCED = re.compile(r"^[ \t]*```[^`\n]*\n(.*?)(?:```[ \t\r]*$|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def json_in(text: str) -> Tuple[Any, str]:
+    """The one JSON value that an answer is, or that stands in its one code fence; and its text, as it was written.
+    Raises ValueError: why there is none."""
+    blocks = FENCED.findall(text)
+    inner = (blocks[0] if len(blocks) == 1 else text).strip()  # no line of JSON begins with a fence
+    try:
+        return json.loads(inner, parse_float=finite, parse_constant=finite), inner
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"is not one JSON value and nothing else: {error}" if inner else "is empty") from error
+
+
+def finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is no number of JSON's, or too large")
+    return float(number)
 
 
 def fitting(text: str, schema: Json) -> Tuple[str, str]:
