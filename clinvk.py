@@ -5669,6 +5669,142 @@ def exit_code_of(child: Child) -> int:
         return -1
 
 
+# ---- Stop sequences
+
+def cut_at(stops: Sequence[str], events: Events) -> Events:
+    """`events` up to the first of `stops` in the answer's text; there the run is closed, and a Done says which.
+
+    The paragraphs between the messages of an agent run are part of that text, and put in here. What may be the
+    beginning of a stop sequence is held back until the next piece shows."""
+    held, spoken = "", False
+    with contextlib.closing(events):
+        for event in events:
+            if held and isinstance(event, (Failure, Done)):
+                yield Message(held)
+                held = ""
+            if not isinstance(event, Message):
+                yield event
+                continue
+            held += (PARAGRAPH if event.opens and spoken else "") + event.text
+            text, found = split_at(stops, held)
+            held = "" if found else text[len(text) - overlap(stops, text):]
+            yield Message(text[:len(text) - len(held)], event.is_partial, opens=not spoken)
+            spoken = True
+            if found:
+                events.close()
+                yield Done(0, stop="sequence", stop_sequence=found)
+                return
+
+
+def split_at(stops: Sequence[str], text: str) -> Tuple[str, str]:
+    """The text before the stop sequence that is complete first, and that sequence; all of it and "" without one."""
+    found = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in stops if stop in text]
+    if not found:
+        return text, ""
+    _, at, stop = min(found)
+    return text[:at], stop
+
+
+def overlap(stops: Sequence[str], text: str) -> int:
+    """How many of the last characters may be the beginning of a stop sequence."""
+    longest = min(max(map(len, stops)) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+# ---- Structured output
+
+def fitted(events: Events, schema: Json, stops: Sequence[str],
+           again: Optional[Callable[[str, str], Events]]) -> Events:
+    """`events` with an answer that is JSON as `schema` describes it, told at once when it is whole; else a Refusal.
+    What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs. An
+    answer that has been cut, at one of `stops` or at max_tokens, need not fit."""
+    used: Optional[Usage] = None
+    told_at = time.monotonic()
+    for last in (again is None, True):
+        result = Result()
+        with contextlib.closing(events):
+            for event in events:
+                result.add(event)
+                if not isinstance(event, (Message, TokenUsage, Done)):
+                    told_at = time.monotonic()
+                    yield event
+                elif time.monotonic() - told_at >= SILENCE:
+                    told_at = time.monotonic()
+                    yield Progress("answering", "the answer is not whole yet")
+        used = used + result.usage if used and result.usage else result.usage or used
+        text, stop = split_at(stops, result.text)
+        done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
+        text, fault = fitting(text, schema)
+        fits = not fault or done.stop != "end"
+        if fits or last or result.failure or result.refusal is not None:
+            if not result.failure and result.refusal is None:
+                yield Message(text, opens=True) if fits else Refusal(refusal_for(text, fault))
+            yield from [TokenUsage(used)] if used else []
+            yield done
+            return
+        yield Progress("repairing", "the answer does not fit its JSON Schema, and is asked for once more")
+        assert again
+        events = again("".join(result.said), REPAIR.format(fault, json.dumps(schema, ensure_ascii=False)))
+
+
+AS_JSON = "Answer with JSON and nothing else, without code fences. It must fit this JSON Schema:\n\n{}"
+REPAIR = "Your answer does not fit its JSON Schema ({}). " + AS_JSON
+
+
+# A fence that is not closed goes to the end, as in CommonMark; so each character is looked at once.
+FENCED = re.compile(r"^[ \t]*```[^`\n]*\n(.*?)(?:```[ \t\r]*$|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def json_in(text: str) -> Tuple[Any, str]:
+    """The one JSON value that an answer is, or that stands in its one code fence; and its text, as it was written.
+    Raises ValueError: why there is none."""
+    blocks = FENCED.findall(text)
+    inner = (blocks[0] if len(blocks) == 1 else text).strip()  # no line of JSON begins with a fence
+    try:
+        return json.loads(inner, parse_float=finite, parse_constant=finite), inner
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"is not one JSON value and nothing else: {error}" if inner else "is empty") from error
+
+
+def finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is no number of JSON's, or too large")
+    return float(number)
+
+
+def fitting(text: str, schema: Json) -> Tuple[str, str]:
+    """The JSON of an answer, and ""; or the answer as it is, and what is wrong with it."""
+    try:
+        value, json_text = json_in(text)
+    except ValueError as error:
+        return text, f"the answer {error}"
+    wrong = faults(value, schema)
+    return (text, "; ".join(wrong)) if wrong else (json_text, "")
+
+
+def told_schema(request: Settled, backend: Backend) -> Settled:
+    """With the schema, if it has one, as the backend takes it; or in words: in the system prompt, but where the CLI has
+    that from the conversation's first turn."""
+    if request.schema is None:
+        return request
+    own = backend.schema_for(request.schema)
+    if own is not None:
+        return dataclasses.replace(request, schema=own)
+    words = AS_JSON.format(json.dumps(request.schema, ensure_ascii=False))
+    if request.resume:
+        return dataclasses.replace(request.with_prompt(prompt_of([*request.parts, PARAGRAPH + words])), schema=None)
+    system_prompt = PARAGRAPH.join(part for part in (request.system_prompt, words) if part)
+    return dataclasses.replace(request, schema=None, system_prompt=system_prompt)
+
+
+def refusal_for(text: str, fault: str) -> str:
+    """An answer in words says itself why it is no JSON."""
+    in_words = text.strip() and not text.lstrip().startswith(("{", "[", "```"))
+    return text if in_words else f"The answer does not fit the JSON Schema ({fault}). It was: {text}"
+
+
 # ==== Sessions ====================================================================================
 # In: a session, and the events of its next turn. Out: the same events, each step stored before it is told.
 
@@ -7651,142 +7787,6 @@ def renderer_of(path: str, *, speaks_anthropic: bool = False) -> Type[Renderer]:
     if (speaks_anthropic and path.startswith("/v1/")) or re.match("/anthropic(/|$)|/v1/messages(/|$)", path):
         return Anthropic
     return OpenAI if re.match("/openai(/|$)|/v1(/|$)", path) else Native
-
-
-# ---- Stop sequences
-
-def cut_at(stops: Sequence[str], events: Events) -> Events:
-    """`events` up to the first of `stops` in the answer's text; there the run is closed, and a Done says which.
-
-    The paragraphs between the messages of an agent run are part of that text, and put in here. What may be the
-    beginning of a stop sequence is held back until the next piece shows."""
-    held, spoken = "", False
-    with contextlib.closing(events):
-        for event in events:
-            if held and isinstance(event, (Failure, Done)):
-                yield Message(held)
-                held = ""
-            if not isinstance(event, Message):
-                yield event
-                continue
-            held += (PARAGRAPH if event.opens and spoken else "") + event.text
-            text, found = split_at(stops, held)
-            held = "" if found else text[len(text) - overlap(stops, text):]
-            yield Message(text[:len(text) - len(held)], event.is_partial, opens=not spoken)
-            spoken = True
-            if found:
-                events.close()
-                yield Done(0, stop="sequence", stop_sequence=found)
-                return
-
-
-def split_at(stops: Sequence[str], text: str) -> Tuple[str, str]:
-    """The text before the stop sequence that is complete first, and that sequence; all of it and "" without one."""
-    found = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in stops if stop in text]
-    if not found:
-        return text, ""
-    _, at, stop = min(found)
-    return text[:at], stop
-
-
-def overlap(stops: Sequence[str], text: str) -> int:
-    """How many of the last characters may be the beginning of a stop sequence."""
-    longest = min(max(map(len, stops)) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
-
-
-# ---- Structured output
-
-def fitted(events: Events, schema: Json, stops: Sequence[str],
-           again: Optional[Callable[[str, str], Events]]) -> Events:
-    """`events` with an answer that is JSON as `schema` describes it, told at once when it is whole; else a Refusal.
-    What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs. An
-    answer that has been cut, at one of `stops` or at max_tokens, need not fit."""
-    used: Optional[Usage] = None
-    told_at = time.monotonic()
-    for last in (again is None, True):
-        result = Result()
-        with contextlib.closing(events):
-            for event in events:
-                result.add(event)
-                if not isinstance(event, (Message, TokenUsage, Done)):
-                    told_at = time.monotonic()
-                    yield event
-                elif time.monotonic() - told_at >= SILENCE:
-                    told_at = time.monotonic()
-                    yield Progress("answering", "the answer is not whole yet")
-        used = used + result.usage if used and result.usage else result.usage or used
-        text, stop = split_at(stops, result.text)
-        done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
-        text, fault = fitting(text, schema)
-        fits = not fault or done.stop != "end"
-        if fits or last or result.failure or result.refusal is not None:
-            if not result.failure and result.refusal is None:
-                yield Message(text, opens=True) if fits else Refusal(refusal_for(text, fault))
-            yield from [TokenUsage(used)] if used else []
-            yield done
-            return
-        yield Progress("repairing", "the answer does not fit its JSON Schema, and is asked for once more")
-        assert again
-        events = again("".join(result.said), REPAIR.format(fault, json.dumps(schema, ensure_ascii=False)))
-
-
-AS_JSON = "Answer with JSON and nothing else, without code fences. It must fit this JSON Schema:\n\n{}"
-REPAIR = "Your answer does not fit its JSON Schema ({}). " + AS_JSON
-
-
-# A fence that is not closed goes to the end, as in CommonMark; so each character is looked at once.
-FENCED = re.compile(r"^[ \t]*```[^`\n]*\n(.*?)(?:```[ \t\r]*$|\Z)", re.DOTALL | re.MULTILINE)
-
-
-def json_in(text: str) -> Tuple[Any, str]:
-    """The one JSON value that an answer is, or that stands in its one code fence; and its text, as it was written.
-    Raises ValueError: why there is none."""
-    blocks = FENCED.findall(text)
-    inner = (blocks[0] if len(blocks) == 1 else text).strip()  # no line of JSON begins with a fence
-    try:
-        return json.loads(inner, parse_float=finite, parse_constant=finite), inner
-    except RecursionError:
-        raise ValueError("is nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"is not one JSON value and nothing else: {error}" if inner else "is empty") from error
-
-
-def finite(number: str) -> float:
-    if not math.isfinite(float(number)):
-        raise ValueError(f"{number} is no number of JSON's, or too large")
-    return float(number)
-
-
-def fitting(text: str, schema: Json) -> Tuple[str, str]:
-    """The JSON of an answer, and ""; or the answer as it is, and what is wrong with it."""
-    try:
-        value, json_text = json_in(text)
-    except ValueError as error:
-        return text, f"the answer {error}"
-    wrong = faults(value, schema)
-    return (text, "; ".join(wrong)) if wrong else (json_text, "")
-
-
-def told_schema(request: Settled, backend: Backend) -> Settled:
-    """With the schema, if it has one, as the backend takes it; or in words: in the system prompt, but where the CLI has
-    that from the conversation's first turn."""
-    if request.schema is None:
-        return request
-    own = backend.schema_for(request.schema)
-    if own is not None:
-        return dataclasses.replace(request, schema=own)
-    words = AS_JSON.format(json.dumps(request.schema, ensure_ascii=False))
-    if request.resume:
-        return dataclasses.replace(request.with_prompt(prompt_of([*request.parts, PARAGRAPH + words])), schema=None)
-    system_prompt = PARAGRAPH.join(part for part in (request.system_prompt, words) if part)
-    return dataclasses.replace(request, schema=None, system_prompt=system_prompt)
-
-
-def refusal_for(text: str, fault: str) -> str:
-    """An answer in words says itself why it is no JSON."""
-    in_words = text.strip() and not text.lstrip().startswith(("{", "[", "```"))
-    return text if in_words else f"The answer does not fit the JSON Schema ({fault}). It was: {text}"
 
 
 # ==== Guards ======================================================================================
