@@ -748,8 +748,8 @@ def value_at(config: Any, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
 
-# ==== Structured output ===========================================================================
-# In: a JSON Schema, and the text of an answer. Out: the text as JSON that the schema describes, or why it is none.
+# ==== JSON Schema =================================================================================
+# In: a JSON Schema, and a value. Out: what is wrong with the one or the other.
 
 Place = Tuple[Union[str, int], ...]  # the keys and indexes that lead to a part of a value
 FAULTS_TOLD = 10  # of one answer: enough for a model to mend it
@@ -772,35 +772,12 @@ def schema_faults(schema: Any) -> List[str]:
 
 
 def faults(value: Any, schema: Any) -> List[str]:
-    """What is wrong with a value of `json_in`. The schema must be one without faults."""
+    """What is wrong with a value. The schema must be one without faults."""
     try:
-        found = JsonSchema(schema).judge(schema, value, ()).faults
+        found = Judge(JsonSchema(schema)).judge(schema, value, ()).faults
     except RecursionError:
         return ["$: is nested too deep to be checked"]
     return [*dict.fromkeys(map(str, found))][:FAULTS_TOLD]
-
-
-# A fence that is not closed goes to the end, as in CommonMark; so each character is looked at once.
-FENCED = re.compile(r"^[ \t]*```[^`\n]*\n(.*?)(?:```[ \t\r]*$|\Z)", re.DOTALL | re.MULTILINE)
-
-
-def json_in(text: str) -> Tuple[Any, str]:
-    """The one JSON value that an answer is, or that stands in its one code fence; and its text, as it was written.
-    Raises ValueError: why there is none."""
-    blocks = FENCED.findall(text)
-    inner = (blocks[0] if len(blocks) == 1 else text).strip()  # no line of JSON begins with a fence
-    try:
-        return json.loads(inner, parse_float=finite, parse_constant=finite), inner
-    except RecursionError:
-        raise ValueError("is nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"is not one JSON value and nothing else: {error}" if inner else "is empty") from error
-
-
-def finite(number: str) -> float:
-    if not math.isfinite(float(number)):
-        raise ValueError(f"{number} is no number of JSON's, or too large")
-    return float(number)
 
 
 def kinds_of(value: Any) -> Tuple[str, ...]:
@@ -900,8 +877,8 @@ TYPES = frozenset("null boolean integer number string array object".split())
 REFERENCES = frozenset("$ref $dynamicRef $recursiveRef".split())  # all the same where there is but one document
 ONE_SCHEMA = ("additionalProperties unevaluatedProperties propertyNames additionalItems unevaluatedItems contains "
               "not if then else")
-NAMED_SCHEMAS = "properties patternProperties dependentSchemas dependencies $defs definitions"
-HOLD_SCHEMAS = frozenset(f"{ONE_SCHEMA} {NAMED_SCHEMAS} items prefixItems allOf anyOf oneOf".split())
+NAMED_SCHEMAS = frozenset("properties patternProperties dependentSchemas dependencies $defs definitions".split())
+HOLD_SCHEMAS = NAMED_SCHEMAS.union(f"{ONE_SCHEMA} items prefixItems allOf anyOf oneOf".split())
 SAME_VALUE = REFERENCES.union("allOf anyOf oneOf not if then else dependentSchemas dependencies".split())
 
 
@@ -968,7 +945,7 @@ def schemas_in(schema: Json) -> Iterator[Tuple[str, Place, Any]]:
     """The schemas that stand in one: keyword, place, schema."""
     for keyword in filter(HOLD_SCHEMAS.__contains__, schema):
         said = schema[keyword]
-        if keyword in NAMED_SCHEMAS.split() and isinstance(said, dict):
+        if keyword in NAMED_SCHEMAS and isinstance(said, dict):
             yield from ((keyword, (keyword, name), item) for name, item in said.items()
                         if keyword != "dependencies" or not isinstance(item, list))
         elif isinstance(said, list):
@@ -994,24 +971,13 @@ def schemas_for(schema: Json, value: Any, place: Any) -> List[Any]:
     return named or ([schema["additionalProperties"]] if "additionalProperties" in schema else [])
 
 
-class Verdict(NamedTuple):
-    """What a schema finds wrong with a value, and the members of the value that it spoke of."""
-    faults: List[Fault]
-    known: FrozenSet[Union[str, int]] = frozenset()
-
-
 class JsonSchema:
-    """A JSON Schema, draft 2020-12, or draft-07 where that has other words: what it says of values.
-
-    `format` counts for those of FORMATS, and what stands beside a `$ref` counts in draft-07, too. One instance for each
-    value that is judged."""
+    """A JSON Schema, draft 2020-12, or draft-07 where that has other words: the schemas in it, and its faults."""
 
     def __init__(self, document: Any) -> None:
         self.document = document
-        # By a `$ref`, of one value: schemas that refer to each other twice would take twice as long at each level.
-        self.judged: Dict[Tuple[int, int, Place], Verdict] = {}
         self.url = str(document.get("$id", "")).partition("#")[0] if isinstance(document, dict) else ""
-        self.anchors: Dict[str, Any] = {}
+        self.anchors: Dict[str, Any] = {}  # none, while they are looked for
         self.anchors = {str(schema[word]).lstrip("#"): schema for _, schema in self.reached()
                         if isinstance(schema, dict) for word in ("$anchor", "$dynamicAnchor", "$id") if word in schema}
 
@@ -1078,6 +1044,23 @@ class JsonSchema:
             return "is supported at the top only"
         return ""
 
+
+class Verdict(NamedTuple):
+    """What a schema finds wrong with a value, and the members of the value that it spoke of."""
+    faults: List[Fault]
+    known: FrozenSet[Union[str, int]] = frozenset()
+
+
+class Judge:
+    """What the schemas of a document say of one value.
+
+    `format` counts for those of FORMATS, and what stands beside a `$ref` counts in draft-07, too."""
+
+    def __init__(self, document: JsonSchema) -> None:
+        self.document = document
+        # By a `$ref`: schemas that refer to each other twice would take twice as long at each level.
+        self.judged: Dict[Tuple[int, int, Place], Verdict] = {}
+
     def judge(self, schema: Any, value: Any, at: Place) -> Verdict:
         """One schema of this document, and one value, which stands at that place."""
         if isinstance(schema, bool):
@@ -1101,7 +1084,7 @@ class JsonSchema:
     def verdicts(self, schema: Json, value: Any, at: Place) -> Iterator[Verdict]:
         """Of the keywords that hand the whole value on to other schemas."""
         for word in REFERENCES.intersection(schema):
-            inner = self.named(schema[word])
+            inner = self.document.named(schema[word])
             key = id(inner), id(value), at
             if key not in self.judged:
                 self.judged[key] = self.judge(inner, value, at)
@@ -1194,16 +1177,21 @@ def is_strict(schema: Any) -> bool:
 
 def is_strict_part(at: Place, part: Json) -> bool:
     """Whether this schema may stand there, whatever stands in it."""
-    types, words = listed(part.get("type", [])), part.keys()
-    properties, is_closed = {*part.get("properties", ())}, part.get("additionalProperties") is False
-    levels = sum(step in ("properties", "items") for step in at)
+    words, types, properties = part.keys(), listed(part.get("type", [])), {*part.get("properties", ())}
+    if not STRICT_KEYWORDS.issuperset(words) or part.get("format", "date") not in STRICT_FORMATS:
+        return False
+    if "$ref" in words:
+        return words == {"$ref"}
+    if words.isdisjoint({"type", "anyOf", "enum", "const"}):
+        return False
+    is_full = part.get("additionalProperties") is False and {*part.get("required", ())} == properties
+    if ("object" in types or properties) and not is_full:
+        return False
+    if isinstance(part.get("items"), dict) != ("array" in types):
+        return False
     inner = [schema for keyword, _, schema in schemas_in(part) if keyword != "additionalProperties"]
-    return (STRICT_KEYWORDS.issuperset(words)
-            and (words == {"$ref"} or "$ref" not in words and not words.isdisjoint({"type", "anyOf", "enum", "const"}))
-            and all(isinstance(schema, dict) for schema in inner) and (levels < 10 or not inner)
-            and ("object" not in types and not properties or is_closed and {*part.get("required", ())} == properties)
-            and isinstance(part.get("items"), dict) == ("array" in types)
-            and part.get("format", "date") in STRICT_FORMATS)
+    levels = sum(step in ("properties", "items") for step in at)
+    return all(isinstance(schema, dict) for schema in inner) and (levels < 10 or not inner)
 
 
 def with_words(schema: Any, words: Container[str]) -> Any:
@@ -1213,10 +1201,12 @@ def with_words(schema: Any, words: Container[str]) -> Any:
     if not isinstance(schema, dict):
         return schema
     kept = {keyword: said for keyword, said in schema.items() if keyword in words}
-    for keyword in filter(HOLD_SCHEMAS.__contains__, tuple(kept)):
-        named = keyword in NAMED_SCHEMAS.split() and isinstance(kept[keyword], dict)
-        kept[keyword] = {name: with_words(item, words) for name, item in kept[keyword].items()} if named else \
-            with_words(kept[keyword], words)
+    for keyword in HOLD_SCHEMAS.intersection(kept):
+        said = kept[keyword]
+        if keyword in NAMED_SCHEMAS and isinstance(said, dict):
+            kept[keyword] = {name: with_words(item, words) for name, item in said.items()}
+        else:
+            kept[keyword] = with_words(said, words)
     return kept
 
 
@@ -5679,6 +5669,142 @@ def exit_code_of(child: Child) -> int:
         return -1
 
 
+# ---- Stop sequences
+
+def cut_at(stops: Sequence[str], events: Events) -> Events:
+    """`events` up to the first of `stops` in the answer's text; there the run is closed, and a Done says which.
+
+    The paragraphs between the messages of an agent run are part of that text, and put in here. What may be the
+    beginning of a stop sequence is held back until the next piece shows."""
+    held, spoken = "", False
+    with contextlib.closing(events):
+        for event in events:
+            if held and isinstance(event, (Failure, Done)):
+                yield Message(held)
+                held = ""
+            if not isinstance(event, Message):
+                yield event
+                continue
+            held += (PARAGRAPH if event.opens and spoken else "") + event.text
+            text, found = split_at(stops, held)
+            held = "" if found else text[len(text) - overlap(stops, text):]
+            yield Message(text[:len(text) - len(held)], event.is_partial, opens=not spoken)
+            spoken = True
+            if found:
+                events.close()
+                yield Done(0, stop="sequence", stop_sequence=found)
+                return
+
+
+def split_at(stops: Sequence[str], text: str) -> Tuple[str, str]:
+    """The text before the stop sequence that is complete first, and that sequence; all of it and "" without one."""
+    found = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in stops if stop in text]
+    if not found:
+        return text, ""
+    _, at, stop = min(found)
+    return text[:at], stop
+
+
+def overlap(stops: Sequence[str], text: str) -> int:
+    """How many of the last characters may be the beginning of a stop sequence."""
+    longest = min(max(map(len, stops)) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+# ---- Structured output
+
+def fitted(events: Events, schema: Json, stops: Sequence[str],
+           again: Optional[Callable[[str, str], Events]]) -> Events:
+    """`events` with an answer that is JSON as `schema` describes it, told at once when it is whole; else a Refusal.
+    What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs. An
+    answer that has been cut, at one of `stops` or at max_tokens, need not fit."""
+    used: Optional[Usage] = None
+    told_at = time.monotonic()
+    for last in (again is None, True):
+        result = Result()
+        with contextlib.closing(events):
+            for event in events:
+                result.add(event)
+                if not isinstance(event, (Message, TokenUsage, Done)):
+                    told_at = time.monotonic()
+                    yield event
+                elif time.monotonic() - told_at >= SILENCE:
+                    told_at = time.monotonic()
+                    yield Progress("answering", "the answer is not whole yet")
+        used = used + result.usage if used and result.usage else result.usage or used
+        text, stop = split_at(stops, result.text)
+        done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
+        text, fault = fitting(text, schema)
+        fits = not fault or done.stop != "end"
+        if fits or last or result.failure or result.refusal is not None:
+            if not result.failure and result.refusal is None:
+                yield Message(text, opens=True) if fits else Refusal(refusal_for(text, fault))
+            yield from [TokenUsage(used)] if used else []
+            yield done
+            return
+        yield Progress("repairing", "the answer does not fit its JSON Schema, and is asked for once more")
+        assert again
+        events = again("".join(result.said), REPAIR.format(fault, json.dumps(schema, ensure_ascii=False)))
+
+
+AS_JSON = "Answer with JSON and nothing else, without code fences. It must fit this JSON Schema:\n\n{}"
+REPAIR = "Your answer does not fit its JSON Schema ({}). " + AS_JSON
+
+
+# A fence that is not closed goes to the end, as in CommonMark; so each character is looked at once.
+FENCED = re.compile(r"^[ \t]*```[^`\n]*\n(.*?)(?:```[ \t\r]*$|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def json_in(text: str) -> Tuple[Any, str]:
+    """The one JSON value that an answer is, or that stands in its one code fence; and its text, as it was written.
+    Raises ValueError: why there is none."""
+    blocks = FENCED.findall(text)
+    inner = (blocks[0] if len(blocks) == 1 else text).strip()  # no line of JSON begins with a fence
+    try:
+        return json.loads(inner, parse_float=finite, parse_constant=finite), inner
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"is not one JSON value and nothing else: {error}" if inner else "is empty") from error
+
+
+def finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is no number of JSON's, or too large")
+    return float(number)
+
+
+def fitting(text: str, schema: Json) -> Tuple[str, str]:
+    """The JSON of an answer, and ""; or the answer as it is, and what is wrong with it."""
+    try:
+        value, json_text = json_in(text)
+    except ValueError as error:
+        return text, f"the answer {error}"
+    wrong = faults(value, schema)
+    return (text, "; ".join(wrong)) if wrong else (json_text, "")
+
+
+def told_schema(request: Settled, backend: Backend) -> Settled:
+    """With the schema, if it has one, as the backend takes it; or in words: in the system prompt, but where the CLI has
+    that from the conversation's first turn."""
+    if request.schema is None:
+        return request
+    own = backend.schema_for(request.schema)
+    if own is not None:
+        return dataclasses.replace(request, schema=own)
+    words = AS_JSON.format(json.dumps(request.schema, ensure_ascii=False))
+    if request.resume:
+        return dataclasses.replace(request.with_prompt(prompt_of([*request.parts, PARAGRAPH + words])), schema=None)
+    system_prompt = PARAGRAPH.join(part for part in (request.system_prompt, words) if part)
+    return dataclasses.replace(request, schema=None, system_prompt=system_prompt)
+
+
+def refusal_for(text: str, fault: str) -> str:
+    """An answer in words says itself why it is no JSON."""
+    in_words = text.strip() and not text.lstrip().startswith(("{", "[", "```"))
+    return text if in_words else f"The answer does not fit the JSON Schema ({fault}). It was: {text}"
+
+
 # ==== Sessions ====================================================================================
 # In: a session, and the events of its next turn. Out: the same events, each step stored before it is told.
 
@@ -7669,119 +7795,6 @@ def renderer_of(path: str, *, speaks_anthropic: bool = False) -> Type[Renderer]:
     if (speaks_anthropic and path.startswith("/v1/")) or re.match("/anthropic(/|$)|/v1/messages(/|$)", path):
         return Anthropic
     return OpenAI if re.match("/openai(/|$)|/v1(/|$)", path) else Native
-
-
-# ---- Stop sequences
-
-def cut_at(stops: Sequence[str], events: Events) -> Events:
-    """`events` up to the first of `stops` in the answer's text; there the run is closed, and a Done says which.
-
-    The paragraphs between the messages of an agent run are part of that text, and put in here. What may be the
-    beginning of a stop sequence is held back until the next piece shows."""
-    held, spoken = "", False
-    with contextlib.closing(events):
-        for event in events:
-            if held and isinstance(event, (Failure, Done)):
-                yield Message(held)
-                held = ""
-            if not isinstance(event, Message):
-                yield event
-                continue
-            held += (PARAGRAPH if event.opens and spoken else "") + event.text
-            text, found = split_at(stops, held)
-            held = "" if found else text[len(text) - overlap(stops, text):]
-            yield Message(text[:len(text) - len(held)], event.is_partial, opens=not spoken)
-            spoken = True
-            if found:
-                events.close()
-                yield Done(0, stop="sequence", stop_sequence=found)
-                return
-
-
-def split_at(stops: Sequence[str], text: str) -> Tuple[str, str]:
-    """The text before the stop sequence that is complete first, and that sequence; all of it and "" without one."""
-    found = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in stops if stop in text]
-    if not found:
-        return text, ""
-    _, at, stop = min(found)
-    return text[:at], stop
-
-
-def overlap(stops: Sequence[str], text: str) -> int:
-    """How many of the last characters may be the beginning of a stop sequence."""
-    longest = min(max(map(len, stops)) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
-
-
-# ---- Structured output
-
-def fitted(events: Events, schema: Json, stops: Sequence[str],
-           again: Optional[Callable[[str, str], Events]]) -> Events:
-    """`events` with an answer that is JSON as `schema` describes it, told at once when it is whole; else a Refusal.
-    What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs. An
-    answer that has been cut, at one of `stops` or at max_tokens, need not fit."""
-    used: Optional[Usage] = None
-    told_at = time.monotonic()
-    for last in (again is None, True):
-        result = Result()
-        with contextlib.closing(events):
-            for event in events:
-                result.add(event)
-                if not isinstance(event, (Message, TokenUsage, Done)):
-                    told_at = time.monotonic()
-                    yield event
-                elif time.monotonic() - told_at >= SILENCE:
-                    told_at = time.monotonic()
-                    yield Progress("answering", "the answer is not whole yet")
-        used = used + result.usage if used and result.usage else result.usage or used
-        text, stop = split_at(stops, result.text)
-        done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
-        text, fault = fitting(text, schema)
-        fits = not fault or done.stop != "end"
-        if fits or last or result.failure or result.refusal is not None:
-            if not result.failure and result.refusal is None:
-                yield Message(text, opens=True) if fits else Refusal(refusal_for(text, fault))
-            yield from [TokenUsage(used)] if used else []
-            yield done
-            return
-        yield Progress("repairing", "the answer does not fit its JSON Schema, and is asked for once more")
-        assert again
-        events = again("".join(result.said), REPAIR.format(fault, json.dumps(schema, ensure_ascii=False)))
-
-
-AS_JSON = "Answer with JSON and nothing else, without code fences. It must fit this JSON Schema:\n\n{}"
-REPAIR = "Your answer does not fit its JSON Schema ({}). " + AS_JSON
-
-
-def fitting(text: str, schema: Json) -> Tuple[str, str]:
-    """The JSON of an answer, and ""; or the answer as it is, and what is wrong with it."""
-    try:
-        value, json_text = json_in(text)
-    except ValueError as error:
-        return text, f"the answer {error}"
-    wrong = faults(value, schema)
-    return (text, "; ".join(wrong)) if wrong else (json_text, "")
-
-
-def told_schema(request: Settled, backend: Backend) -> Settled:
-    """With the schema, if it has one, as the backend takes it; or in words: in the system prompt, but where the CLI has
-    that from the conversation's first turn."""
-    if request.schema is None:
-        return request
-    own = backend.schema_for(request.schema)
-    if own is not None:
-        return dataclasses.replace(request, schema=own)
-    words = AS_JSON.format(json.dumps(request.schema, ensure_ascii=False))
-    if request.resume:
-        return dataclasses.replace(request.with_prompt(prompt_of([*request.parts, PARAGRAPH + words])), schema=None)
-    system_prompt = PARAGRAPH.join(part for part in (request.system_prompt, words) if part)
-    return dataclasses.replace(request, schema=None, system_prompt=system_prompt)
-
-
-def refusal_for(text: str, fault: str) -> str:
-    """An answer in words says itself why it is no JSON."""
-    in_words = text.strip() and not text.lstrip().startswith(("{", "[", "```"))
-    return text if in_words else f"The answer does not fit the JSON Schema ({fault}). It was: {text}"
 
 
 # ==== Guards ======================================================================================
