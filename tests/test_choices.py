@@ -16,7 +16,7 @@ either = pytest.mark.parametrize("path, stream", [(CHAT, False), (CHAT, True), (
 # Each process takes the next number, and prints the pieces that the file answers has for it: a number is a pause until
 # there is a file go-NUMBER, null is a failure, anything else is text.
 CLI = """
-HERE, number = %r, 0
+HERE, number, ends = %r, 0, time.monotonic() + 30
 while True:
     try:
         os.mkdir(f"{HERE}/run-{number:02}")
@@ -27,7 +27,7 @@ with open(f"{HERE}/run-{number:02}/told", "w") as file:
     json.dump({"pid": os.getpid(), "prompt": sys.stdin.read()}, file)
 answers = json.load(open(HERE + "/answers"))
 for piece in answers[min(number, len(answers) - 1)]:
-    while isinstance(piece, int) and not os.path.exists(f"{HERE}/go-{piece}"):
+    while isinstance(piece, int) and not os.path.exists(f"{HERE}/go-{piece}") and time.monotonic() < ends:
         time.sleep(0.01)
     if piece is None:
         sys.exit("it broke")

@@ -37,7 +37,8 @@ def turn(**told):
         json.dump({"pid": os.getpid(), **told}, file)
     answers = json.load(open(HERE + "/answers"))
     answer = {"text": "", **answers[min(number, len(answers) - 1)]}
-    while "waits" in answer and not os.path.exists(f"{HERE}/{answer['waits']}"):
+    ends = time.monotonic() + 30
+    while "waits" in answer and not os.path.exists(f"{HERE}/{answer['waits']}") and time.monotonic() < ends:
         time.sleep(0.01)
     return {**answer, "text": [answer["text"]] if isinstance(answer["text"], str) else answer["text"]}
 """
