@@ -5719,18 +5719,9 @@ def fitted(events: Events, schema: Json, stops: Sequence[str],
     What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs. An
     answer that has been cut, at one of `stops` or at max_tokens, need not fit."""
     used: Optional[Usage] = None
-    told_at = time.monotonic()
     for last in (again is None, True):
         result = Result()
-        with contextlib.closing(events):
-            for event in events:
-                result.add(event)
-                if not isinstance(event, (Message, TokenUsage, Done)):
-                    told_at = time.monotonic()
-                    yield event
-                elif time.monotonic() - told_at >= SILENCE:
-                    told_at = time.monotonic()
-                    yield Progress("answering", "the answer is not whole yet")
+        yield from gathered(events, result)
         used = used + result.usage if used and result.usage else result.usage or used
         text, stop = split_at(stops, result.text)
         done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
@@ -5745,6 +5736,20 @@ def fitted(events: Events, schema: Json, stops: Sequence[str],
         yield Progress("repairing", "the answer does not fit its JSON Schema, and is asked for once more")
         assert again
         events = again("".join(result.said), REPAIR.format(fault, json.dumps(schema, ensure_ascii=False)))
+
+
+def gathered(events: Events, result: Result) -> Iterator[Event]:
+    """The run's events go to `result`, and all but those of its answer also on; in their place one per SILENCE."""
+    told_at = time.monotonic()
+    with contextlib.closing(events):
+        for event in events:
+            result.add(event)
+            if not isinstance(event, (Message, TokenUsage, Done)):
+                told_at = time.monotonic()
+                yield event
+            elif time.monotonic() - told_at >= SILENCE:
+                told_at = time.monotonic()
+                yield Progress("answering", "the answer is not whole yet")
 
 
 AS_JSON = "Answer with JSON and nothing else, without code fences. It must fit this JSON Schema:\n\n{}"
