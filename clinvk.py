@@ -1226,6 +1226,7 @@ class Image(NamedTuple):
 
 
 Parts = List[Union[str, Image]]  # of a prompt, in order
+IMAGE_LENGTH = 6000  # characters that an image counts as: about as much as one of a million pixels
 
 
 class Prompt(NamedTuple):
@@ -1328,6 +1329,11 @@ class PromptRequest:
     def parts(self) -> Parts:
         """The prompt's text and images, in order."""
         return Prompt(self.prompt, self.images).parts
+
+    @property
+    def characters(self) -> int:
+        """All that its tokens are estimated from."""
+        return len(self.prompt) + len(self.system_prompt or "") + IMAGE_LENGTH * len(self.images)
 
 
 @dataclass(frozen=True)
@@ -2400,7 +2406,6 @@ class MessagesRequest(Chat):
 @dataclass(frozen=True)
 class CountRequest(Open):
     """What is to be counted. Other fields are accepted and without effect."""
-    IMAGE: ClassVar[int] = 6000  # characters that an image counts as: about as much as one of a million pixels
     model: str = param(not_empty=True, doc="As in a chat completion.")
     messages: List[MessageParam] = param(not_empty=True, doc="The conversation.")
     system: Union[None, str, List[TextBlock]] = param(None, free_text=True, doc="The system prompt.")
@@ -2410,7 +2415,7 @@ class CountRequest(Open):
     def characters(self) -> int:
         texts = [pieces_of(content) for content in (self.system, *(m.content for m in self.messages))]
         tools = [json.dumps(tool, ensure_ascii=False) for tool in self.tools]
-        said = sum(self.IMAGE if piece.image else len(piece.text) for pieces in texts for piece in pieces)
+        said = sum(IMAGE_LENGTH if piece.image else len(piece.text) for pieces in texts for piece in pieces)
         return sum(map(len, tools)) + said
 
 
@@ -7521,7 +7526,7 @@ class OutputKind(NamedTuple):
     events: str  # of its text
     part_events: str
     place: str  # the field that says which part of the item it is
-    more: Json  # what these events of its text have besides
+    more: Mapping[str, Any] = {}  # what the events of its text have besides
 
     def part_with(self, text: str) -> Json:
         return {**self.part, self.text: text}
@@ -7529,12 +7534,15 @@ class OutputKind(NamedTuple):
 
 ASSISTANT: Json = {"type": "message", "role": "assistant"}
 OUTPUT_KINDS = {
-    "message": OutputKind("msg_", ASSISTANT, "content", {"type": "output_text", "annotations": [], "logprobs": []},
-                          "text", "output_text", "content_part", "content_index", {"logprobs": []}),
-    "refusal": OutputKind("msg_", ASSISTANT, "content", {"type": "refusal"}, "refusal", "refusal", "content_part",
-                          "content_index", {}),
-    "reasoning": OutputKind("rs_", {"type": "reasoning"}, "summary", {"type": "summary_text"}, "text",
-                            "reasoning_summary_text", "reasoning_summary_part", "summary_index", {})}
+    "message": OutputKind(
+        "msg_", ASSISTANT, parts="content", part={"type": "output_text", "annotations": [], "logprobs": []}, text="text",
+        events="output_text", part_events="content_part", place="content_index", more={"logprobs": []}),
+    "refusal": OutputKind(
+        "msg_", ASSISTANT, parts="content", part={"type": "refusal"}, text="refusal",
+        events="refusal", part_events="content_part", place="content_index"),
+    "reasoning": OutputKind(
+        "rs_", {"type": "reasoning"}, parts="summary", part={"type": "summary_text"}, text="text",
+        events="reasoning_summary_text", part_events="reasoning_summary_part", place="summary_index")}
 # What every response says of itself; clinvk stores none, and offers no tools.
 RESPONSE: Json = {
     "background": False, "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True,
@@ -8786,7 +8794,7 @@ def compat(server: Server, call: Call, renderer_for: Callable[[Asked], Renderer]
     request: Compat = call.body
     prompts = request.to_prompts(server.config)
     first, told = started_runs(server, call, prompts)
-    characters = sum(len(one.prompt) + len(one.system_prompt or "") for one in prompts) // len(prompts)
+    characters = sum(one.characters for one in prompts) // len(prompts)
     renderer = renderer_for(Asked(request.model, characters, call.request_id, answers=len(prompts)))
     headers = {"X-Clinvk-Backend": first.request.backend, "X-Clinvk-Model": first.request.model,
                "X-Clinvk-Ignored": ", ".join([*request.ignored(), *first.ignored])}
@@ -9476,7 +9484,7 @@ def error_answer(error: ClinvkError, head: Head, request_id: str) -> Answer:
     final = final_of(head) if error.prompted and renderer is not Native else None
     if final and status in final.repeated:
         status = final.status
-        if final.code:  # of OpenAI's shape: Codex speaks no other
+        if final.code and issubclass(renderer, OpenAI):
             body["error"]["code"] = final.code
     return Answer([to_json(body)], status, renderer.error_type, renderer.error_headers(error))
 
