@@ -773,10 +773,14 @@ def schema_faults(schema: Any) -> List[str]:
 
 def faults(value: Any, schema: Any) -> List[str]:
     """What is wrong with a value. The schema must be one without faults."""
+    judge = Judge(JsonSchema(schema))
     try:
-        found = Judge(JsonSchema(schema)).judge(schema, value, ()).faults
+        with contextlib.closing(judge.searches):
+            found = judge.judge(schema, value, ()).faults
     except RecursionError:
         return ["$: is nested too deep to be checked"]
+    except TimeoutError:
+        return [f"$: looking for the patterns of the schema takes more than {Searches.SECS:g} s"]
     return [*dict.fromkeys(map(str, found))][:FAULTS_TOLD]
 
 
@@ -805,6 +809,55 @@ def is_multiple(value: float, factor: float) -> bool:
 def expression(text: str) -> Pattern[str]:
     """A pattern, whose `$` is the very end as in JSON Schema: Python's own also fits before a last newline."""
     return re.compile(re.sub(r"(\\.|\[(?:\\.|[^]\\])*\])|\$", lambda found: found[1] or r"\Z", text, flags=re.DOTALL))
+
+
+def is_quick(pattern: str, text: str) -> bool:
+    """Whether looking for it can not take long: no groups, and not two quantifiers that share the text out."""
+    bare = re.sub(r"\\.|\[(?:\\.|[^]\\])*\]", "", pattern, flags=re.DOTALL)
+    return len(text) <= 10_000 and "(" not in bare and len(re.findall(r"[*+?]|\{\d*,", bare)) < 2
+
+
+class Searches:
+    """Where the patterns of a schema are looked for: in a process of their own. Python's `re` may take for ever, and no
+    other thread runs meanwhile."""
+    SECS = 5.0  # for all of them
+    PROGRAM = ("import json, re, sys\nfor line in sys.stdin:\n"
+               "    print(int(bool(re.search(*json.loads(line)))), flush=True)\n")
+
+    def __init__(self) -> None:
+        self.process: Optional[subprocess.Popen[str]] = None
+        self.limit = threading.Timer(self.SECS, self.end)
+
+    def finds(self, pattern: str, text: str) -> bool:
+        """Raises TimeoutError."""
+        if is_quick(pattern, text):
+            return bool(expression(pattern).search(text))
+        if not self.process:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", self.PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, encoding="ascii")
+            self.limit.daemon = True
+            self.limit.start()
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(json.dumps([expression(pattern).pattern, text]) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise TimeoutError from None
+        said = self.process.stdout.readline()
+        if not said:
+            raise TimeoutError
+        return said == "1\n"
+
+    def end(self) -> None:
+        if self.process:
+            self.process.kill()
+
+    def close(self) -> None:
+        self.limit.cancel()
+        self.end()
+        if self.process:
+            self.process.communicate()
 
 
 # ---- Formats: those that the strict modes of OpenAI and Anthropic know. Any other is a remark.
@@ -859,7 +912,6 @@ RULES = {
     "const": Rule("", lambda value, other: comparable(value) == comparable(other), "must be {}"),
     "minLength": Rule("string", lambda value, least: len(value) >= least, "must have at least {} characters"),
     "maxLength": Rule("string", lambda value, most: len(value) <= most, "must have at most {} characters"),
-    "pattern": Rule("string", lambda value, text: expression(text).search(value), "must match the pattern {}"),
     "format": Rule("string", lambda text, name: name not in FORMATS or FORMATS[name](text), "must be of the format {}"),
     "minimum": Rule("number", lambda value, least: value >= least, "must be at least {}"),
     "maximum": Rule("number", lambda value, most: value <= most, "must be at most {}"),
@@ -959,7 +1011,7 @@ def members(value: Any) -> Iterable[Tuple[Union[str, int], Any]]:
     return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
 
 
-def schemas_for(schema: Json, value: Any, place: Any) -> List[Any]:
+def schemas_for(schema: Json, value: Any, place: Any, finds: Callable[[str, str], bool]) -> List[Any]:
     """What a schema says of one member of the value, but for `unevaluated...`."""
     if isinstance(value, list):
         first, rest = schema.get("prefixItems", ()), schema.get("items")
@@ -967,7 +1019,7 @@ def schemas_for(schema: Json, value: Any, place: Any) -> List[Any]:
             first, rest = rest, schema.get("additionalItems")
         return [first[place]] if place < len(first) else [] if rest is None else [rest]
     named = [schema["properties"][place]] if place in schema.get("properties", ()) else []
-    named += [item for text, item in schema.get("patternProperties", {}).items() if expression(text).search(place)]
+    named += [item for text, item in schema.get("patternProperties", {}).items() if finds(text, place)]
     return named or ([schema["additionalProperties"]] if "additionalProperties" in schema else [])
 
 
@@ -1058,6 +1110,7 @@ class Judge:
 
     def __init__(self, document: JsonSchema) -> None:
         self.document = document
+        self.searches = Searches()
         # By a `$ref`: schemas that refer to each other twice would take twice as long at each level.
         self.judged: Dict[Tuple[int, int, Place], Verdict] = {}
 
@@ -1066,12 +1119,14 @@ class Judge:
         if isinstance(schema, bool):
             return Verdict([] if schema else [Fault(at, "must not be there")])
         wrong = [Fault(at, message) for message in faults_by_rule(schema, value)]
+        if isinstance(value, str) and not self.searches.finds(schema.get("pattern", ""), value):
+            wrong.append(Fault(at, f"must match the pattern {shown_rule(schema['pattern'])}"))
         known: Set[Union[str, int]] = set()
         for verdict in self.verdicts(schema, value, at):
             wrong += verdict.faults
             known |= verdict.known
         for place, item in members(value):
-            for inner in schemas_for(schema, value, place):
+            for inner in schemas_for(schema, value, place, self.searches.finds):
                 wrong += self.judge(inner, item, (*at, place)).faults
                 known.add(place)
         rest = schema.get("unevaluatedItems" if isinstance(value, list) else "unevaluatedProperties")
@@ -1137,8 +1192,13 @@ def faults_by_rule(schema: Json, value: Any) -> Iterator[str]:
     for keyword in filter(RULES.__contains__, schema):
         rule, said = RULES[keyword], schema[keyword]
         if rule.kind in ("", *kinds) and not rule.holds(value, said):
-            shown = json.dumps(said, ensure_ascii=False)
-            yield rule.message.format(shown if len(shown) <= 200 else shown[:200] + " ...")
+            yield rule.message.format(shown_rule(said))
+
+
+def shown_rule(said: Any) -> str:
+    """What a keyword says, as a message shows it."""
+    shown = json.dumps(said, ensure_ascii=False)
+    return shown if len(shown) <= 200 else shown[:200] + " ..."
 
 
 def choice(word: str, verdicts: List[Verdict], at: Place) -> Verdict:

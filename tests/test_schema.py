@@ -1,12 +1,14 @@
 """What a JSON Schema says of a value, held against the `jsonschema` package, and the JSON in an answer's text."""
 
 import json
+import os
 import threading
 from typing import Any, Dict, List
 
 import pytest
 
 import clinvk
+from conftest import alive, children_of
 
 NULL = {"type": "null"}
 OBJECT = {"type": "object", "additionalProperties": False}
@@ -208,6 +210,33 @@ def test_a_union_that_refers_to_itself_twice_is_checked_once_per_level() -> None
     shape = {"properties": {"next": {"$ref": "#"}}}
     schema = {"anyOf": [NULL, {**shape, "required": ["a"]}, {**shape, "required": ["next"]}]}
     assert is_valid(nested(30), schema)  # else a thousand million looks
+
+
+def test_a_pattern_that_takes_for_ever_is_a_fault_and_stops_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clinvk.Searches, "SECS", 1.0)
+    found: List[Any] = []
+    schema = {"items": {"pattern": "^(a+)+$"}}
+    asking = threading.Thread(target=lambda: found.append(clinvk.faults(["aa", "a" * 28 + "!"], schema)))
+    asking.start()
+    looks = 0
+    while asking.is_alive():  # a search in our own process would keep this thread waiting until it ends
+        looks += 1
+        asking.join(0.05)
+    assert found == [["$: looking for the patterns of the schema takes more than 1 s"]]
+    assert looks > 5 and not alive(children_of(os.getpid()))
+
+
+@pytest.mark.parametrize("pattern, right, wrong", [
+    ("^(a|b)+$", ["ab", "a" * 20_000], ["", "ac", "a\n"]),
+    (r"^[\w.]+@(\w+\.)+\w+$", ["\u00e4@b.c"], ["a@b", "a@\ud800.c"]),
+    ("a", ["b" * 20_000 + "a"], ["b" * 20_000])])
+def test_a_pattern_that_may_take_long_is_looked_for_as_any_other(pattern: str, right: List[str],
+                                                                  wrong: List[str]) -> None:
+    for schema in ({"pattern": pattern}, {"not": {"type": "string", "not": {"pattern": pattern}}}):
+        assert all(is_valid(text, schema) for text in right)
+        assert not any(is_valid(text, schema) for text in wrong)
+    assert is_valid(dict.fromkeys(wrong), {"patternProperties": {pattern: False}})
+    assert not any(is_valid({text: 1}, {"patternProperties": {pattern: False}}) for text in right)
 
 
 # ---- The JSON in a text
