@@ -819,10 +819,18 @@ def is_quick(pattern: str, text: str) -> bool:
 
 class Searches:
     """Where the patterns of a schema are looked for: in a process of their own. Python's `re` may take for ever, and no
-    other thread runs meanwhile."""
+    other thread runs meanwhile. It is no CLI: it starts nothing, and what the server can not end the system does."""
     SECS = 5.0  # for all of them
-    PROGRAM = ("import json, re, sys\nfor line in sys.stdin:\n"
-               "    print(int(bool(re.search(*json.loads(line)))), flush=True)\n")
+    PROGRAM = """
+import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+except ImportError:
+    pass
+for line in sys.stdin:
+    print(int(bool(re.search(*json.loads(line)))), flush=True)
+"""
 
     def __init__(self) -> None:
         self.process: Optional[subprocess.Popen[str]] = None
@@ -2031,9 +2039,12 @@ FILLS = ("You fill gaps in texts. You are given what stands before the gap, in <
 class CompletionRequest(Compat):
     """A text to complete. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
     PROMPT_AT: ClassVar[str] = "prompt"
+    SHAPE: ClassVar[Json] = {"anyOf": [
+        {"properties": {"prompt": {"anyOf": [BLANK_NOT, {"type": "array", "items": BLANK_NOT}]}}},
+        {"required": ["suffix"], "properties": {"suffix": {"type": "string", "minLength": 1}}}]}
     model: str = param(not_empty=True, doc=MODEL_DOC)
-    prompt: Union[str, List[str]] = param(not_empty=True, longest=16, free_text=True, doc="The text, or several texts.",
-                                          shape={"anyOf": [BLANK_NOT, {"type": "array", "items": BLANK_NOT}]})
+    prompt: Union[str, List[str]] = param(longest=16, free_text=True, shape={"minItems": 1}, doc="The text, or several "
+                                          "texts. Only with a suffix it may be empty.")
     suffix: str = param("", free_text=True, doc="What comes after the text that is asked for.")
     echo: bool = param(False, doc="The answer begins with the prompt.")
     stream: bool = param(False, doc="Answer as server-sent events.")
@@ -2050,6 +2061,8 @@ class CompletionRequest(Compat):
     def faults(self) -> Iterator[Tuple[str, str]]:
         if self.logprobs is not None:
             yield "logprobs", NO_LOGPROBS
+        if self.prompt == []:
+            yield "prompt", "must not be empty"
         if (self.best_of or 1) > 1:
             yield "best_of", "must be 1: no CLI tells which of several answers is the likeliest"
 
@@ -7595,8 +7608,8 @@ class OutputKind(NamedTuple):
 ASSISTANT: Json = {"type": "message", "role": "assistant"}
 OUTPUT_KINDS = {
     "message": OutputKind(
-        "msg_", ASSISTANT, parts="content", part={"type": "output_text", "annotations": [], "logprobs": []}, text="text",
-        events="output_text", part_events="content_part", place="content_index", more={"logprobs": []}),
+        "msg_", ASSISTANT, parts="content", part={"type": "output_text", "annotations": [], "logprobs": []},
+        text="text", events="output_text", part_events="content_part", place="content_index", more={"logprobs": []}),
     "refusal": OutputKind(
         "msg_", ASSISTANT, parts="content", part={"type": "refusal"}, text="refusal",
         events="refusal", part_events="content_part", place="content_index"),
@@ -8422,7 +8435,7 @@ class Server:
             started = Started(run_of(request), request, ignored + (["metadata"] if request.metadata else []))
         if schema is None:
             return started
-        only_once = request.keeps or isinstance(backend, InProcess)
+        only_once = not request.isolated or isinstance(backend, InProcess)  # an agent would do all of it again
         return started._replace(events=fitted(started.events, schema, request.stops, None if only_once else again))
 
     def settled(self, asked: PromptRequest, backend: Backend, at: str) -> Settled:

@@ -262,6 +262,7 @@ def completion(stage: Stage, **fields: Any) -> List[str]:
     ({"prompt": "a b", "echo": True}, ["a ba b"]),
     ({"prompt": ["a", "b"], "n": 2, "echo": True}, ["aa", "aa", "bb", "bb"]),
     ({"prompt": "def f(", "suffix": "return x"}, ["<before>def f(</before>\n<after>return x</after>"]),
+    ({"prompt": "", "suffix": "b"}, ["<before></before>\n<after>b</after>"]),
     ({"prompt": "a\nb", "suffix": "", "stop": "\n"}, ["a"]),
     ({"prompt": "a\nb", "stop": "\n", "echo": True}, ["a\nba"]),
     ({"prompt": "a", "suffix": "b", "echo": True}, ["a<before>a</before>\n<after>b</after>"]),
@@ -311,7 +312,7 @@ def test_the_cli_is_told_what_to_do_with_the_text(stage: Stage, suffix: Optional
 
 
 @pytest.mark.parametrize("fields, place, told", [
-    ({"prompt": None}, "prompt", "is required"), ({"prompt": ""}, "prompt", "not be empty"),
+    ({"prompt": None}, "prompt", "is required"), ({"prompt": ""}, "prompt", "no text"),
     ({"prompt": []}, "prompt", "not be empty"), ({"prompt": ["a", " \n"]}, "prompt", "have no text"),
     ({"prompt": [1, 2]}, "prompt[0]", "a string"), ({"prompt": [[1]]}, "prompt[0]", "a string"),
     ({"prompt": ["a"] * 17}, "prompt", "at most 16"), ({"prompt": 1}, "prompt", "a string or a list"),
