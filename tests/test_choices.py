@@ -23,8 +23,9 @@ while True:
         break
     except FileExistsError:
         number += 1
-with open(f"{HERE}/run-{number:02}/told", "w") as file:
+with open(f"{HERE}/run-{number:02}/draft", "w") as file:
     json.dump({"pid": os.getpid(), "prompt": sys.stdin.read()}, file)
+os.rename(file.name, f"{HERE}/run-{number:02}/told")
 answers = json.load(open(HERE + "/answers"))
 for piece in answers[min(number, len(answers) - 1)]:
     while isinstance(piece, int) and not os.path.exists(f"{HERE}/go-{piece}") and time.monotonic() < ends:
@@ -64,7 +65,7 @@ class Stage:
 
     @property
     def told(self) -> List[Json]:
-        return [json.loads(file.read_text() or "{}") for file in sorted(self.folder.glob("run-*/told"))]
+        return [json.loads(file.read_text()) for file in sorted(self.folder.glob("run-*/told"))]
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_the_answers_of_a_stream_come_as_they_are_said_one_between_the_other(sta
     stage.answers(["a", 1, "b"], ["c", 2, "d"])
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(stage.post, path, n=2, stream=True)
-        eventually(lambda: len([told for told in stage.told if told]) == 2)
+        eventually(lambda: len(stage.told) == 2)
         stage.go(1)
         stage.go(2)
         reply = asked.result()
@@ -136,7 +137,7 @@ def test_one_answer_that_fails_is_an_error_and_ends_the_others(stage: Stage, pat
     stage.answers(["", 0, None], [99, "never"])
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(stage.post, path, n=2, stream=stream)
-        eventually(lambda: len([told for told in stage.told if told]) == 2)
+        eventually(lambda: len(stage.told) == 2)
         stage.go(0)
         reply = asked.result()
     assert (reply.status, reply.headers["x-should-retry"]) == (502, "false") and "it broke" in fault(reply, "openai")
@@ -148,7 +149,7 @@ def test_one_that_fails_in_mid_stream_is_an_error_there_and_ends_the_others(stag
     stage.answers(["Hel", 0, None], [99, "never"])
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(stage.post, path, n=2, stream=True)
-        eventually(lambda: len([told for told in stage.told if told]) == 2)
+        eventually(lambda: len(stage.told) == 2)
         stage.go(0)
         reply = asked.result()
     assert reply.status == 200 and b"Hel" in reply.body and b"never" not in reply.body and b"[DONE]" not in reply.body
@@ -204,17 +205,24 @@ def test_a_client_that_leaves_ends_all_its_answers(stage: Stage) -> None:
     stage.client.app = app
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(stage.post, CHAT, n=3)
-        eventually(lambda: len([told for told in stage.told if told]) == 3)
+        eventually(lambda: len(stage.told) == 3)
         gone.set()
         assert asked.result().status == 503
     eventually(lambda: not alive([told["pid"] for told in stage.told]))
 
 
 @either
-def test_a_dry_run_of_several_shows_each_and_runs_none(stage: Stage, path: str, stream: bool) -> None:
+def test_a_dry_run_of_several_shows_each_and_runs_none_however_full_the_line_is(stage: Stage, path: str,
+                                                                                stream: bool) -> None:
     stage.use(max_concurrent_runs=1, max_waiting_runs=0)
-    shown = stage.ask(path, n=2, stream=stream, clinvk={"dry_run": True})
-    assert len(shown) == 2 and all(stage.cli in text for text in shown) and not stage.told
+    stage.answers([1, "a"])
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(stage.post, path)
+        eventually(lambda: stage.told)
+        shown = stage.ask(path, n=2, stream=stream, clinvk={"dry_run": True})
+        stage.go(1)
+        assert asked.result().status == 200
+    assert len(shown) == 2 and all(stage.cli in text for text in shown) and len(stage.told) == 1
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])

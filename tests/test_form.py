@@ -33,8 +33,9 @@ def turn(**told):
             break
         except FileExistsError:
             number += 1
-    with open(f"{HERE}/turn-{number:02}/told", "w") as file:
+    with open(f"{HERE}/turn-{number:02}/draft", "w") as file:
         json.dump({"pid": os.getpid(), **told}, file)
+    os.rename(file.name, f"{HERE}/turn-{number:02}/told")
     answers = json.load(open(HERE + "/answers"))
     answer = {"text": "", **answers[min(number, len(answers) - 1)]}
     ends = time.monotonic() + 30

@@ -475,10 +475,11 @@ WHO: List[Tuple[Dict[str, str], int, Optional[str]]] = [
 
 @pytest.fixture
 def failing(make_client: Callable[..., Client], fake_cli: Callable[..., str]) -> Client:
-    """Backends that fail: `mine` before it has said anything, `late` after that."""
+    """Backends that fail: `mine` before it has said anything, `late` after that; and `gemini`, which is off."""
     before = fake_cli("sys.stdin.read(); sys.exit('it broke')", "mine")
     after = fake_cli("print('Hel', flush=True); time.sleep(0.3); sys.exit('it broke')", "late")
-    return make_client({"backends": {"mine": {"command": before}, "late": {"command": after}}})
+    return make_client({"backends": {"mine": {"command": before}, "late": {"command": after},
+                                     "gemini": {"enabled": False}}})
 
 
 @pytest.mark.parametrize("headers, status, code", WHO)
@@ -507,7 +508,9 @@ def test_an_error_before_any_run_is_as_ever(failing: Client, headers: Dict[str, 
     assert (unknown.status, unknown.json["error"]["code"]) == (404, "model_not_found")
     wrong = failing.call("POST", PATH, {"model": "mine"}, **headers)
     assert (wrong.status, wrong.json["error"]["code"]) == (400, None)
-    assert not any("x-should-retry" in reply.headers for reply in (unknown, wrong))
+    off = failing.call("POST", PATH, {"model": "gemini", "input": "hi"}, **headers)
+    assert (off.status, off.json["error"]["code"]) == (503, "backend_unavailable")
+    assert not any("x-should-retry" in reply.headers for reply in (unknown, wrong, off))
 
 
 @pytest.mark.parametrize("path, body", [
