@@ -9739,7 +9739,7 @@ class RefusedEarly(waitress.task.ErrorTask):
 
     def execute(self) -> None:
         request, server = self.request, self.channel.server.clinvk
-        began = self.channel.begun_at if isinstance(request.error, TooSlow) else time.monotonic()
+        began = request.begun_at or time.monotonic()
         request.path = getattr(request, "path", "")  # waitress 3.0.2 names it when the client has gone
         head = Head({"REQUEST_METHOD": getattr(request, "command", "") or "-", "PATH_INFO": request.path or "-",
                      "REMOTE_ADDR": self.channel.addr[0],
@@ -9786,6 +9786,7 @@ class Parser(waitress.parser.HTTPRequestParser):
     """Refuses also what makes waitress raise, and what it takes though nobody can say where such a body ends."""
     completed: bool
     error: Any  # one of waitress's, or a ClinvkError
+    begun_at: Optional[float] = None  # when its first byte came, if it is refused for being slow
 
     def parse_header(self, head: bytes) -> None:
         try:
@@ -9935,7 +9936,7 @@ class Channel(waitress.channel.HTTPChannel):
             request, self.request = self.request, None
             if not request.headers_finished:
                 request.read_first_line(request.header_plus)
-            request.error, request.completed = error, True
+            request.error, request.completed, request.begun_at = error, True, self.begun_at
             self.requests.append(request)
         self.server.add_task(self)
 

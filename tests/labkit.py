@@ -123,7 +123,8 @@ def environment(home: Path, stub: str, programs: str) -> Dict[str, str]:
             "TMPDIR": str(home / "tmp"), "CLINVK_API_KEYS": KEY, "CLINVK_BACKEND": "echo",
             "OPENAI_API_KEY": KEY, "HTTP_PROXY": NOWHERE, "HTTPS_PROXY": NOWHERE, "NO_PROXY": "127.0.0.1,localhost",
             "ANTHROPIC_BASE_URL": stub, "GOOGLE_GEMINI_BASE_URL": stub, "DISABLE_AUTOUPDATER": "1",
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", **dict.fromkeys(KEYS.values(), "sk-dummy")}
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "GEMINI_CLI_NO_RELAUNCH": "true",
+            **dict.fromkeys(KEYS.values(), "sk-dummy")}
 
 
 class Answer(NamedTuple):

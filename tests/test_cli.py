@@ -336,7 +336,7 @@ def test_a_stop_right_after_the_start_up_text_is_a_clean_one(serve: Callable[...
     for _ in range(3):
         server = serve()
         server.process.send_signal(number)
-        assert (server.process.wait(10), server.stderr) == (0, "")
+        assert (server.process.wait(30), server.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -348,7 +348,7 @@ def test_an_idle_connection_that_is_kept_alive_does_not_hold_up_a_stop(
         kept.request("GET", "/health")
         assert kept.getresponse().read() and kept.sock
         server.process.send_signal(number)
-        assert server.process.wait(5) == 0
+        assert server.process.wait(30) == 0
         assert (kept.sock.recv(1), len(server.stderr.splitlines())) == (b"", 1)
 
 

@@ -97,7 +97,7 @@ def test_fail_fast_ends_what_runs_and_starts_nothing_more(logged: Callable[..., 
         "canceled", "it failed with exit code 3", "canceled"]
     assert (reply.json["completed"], reply.json["failed"]) == (0, 3)
     assert not any("never" in line for line in it.order)
-    eventually(it.nothing_runs, 2.5)
+    eventually(it.nothing_runs)
 
 
 def test_a_failure_without_fail_fast_leaves_the_others_alone(logged: Callable[..., Logged]) -> None:
@@ -126,7 +126,7 @@ def test_the_time_of_the_whole_request_is_limited(logged: Callable[..., Logged])
     reply = it.server.call("POST", "/api/v1/parallel", {"tasks": [task("sleep", backend="it")] * 4, "max_parallel": 2})
     assert [result["exit_code"] for result in reply.json["results"]] == [-1] * 4
     assert all("time is up" in result["error"] for result in reply.json["results"])
-    eventually(it.nothing_runs, 2.5)
+    eventually(it.nothing_runs)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -136,7 +136,7 @@ def test_nothing_runs_on_for_a_client_that_has_left(logged: Callable[..., Logged
     with contextlib.closing(it.server.connection()) as connection:
         connection.request("POST", "/api/v1/parallel", clinvk.to_json(body), {"Content-Type": "application/json"})
         eventually(lambda: len(it.order) == 2)
-    eventually(it.nothing_runs, 2.5)
+    eventually(it.nothing_runs)
     eventually(lambda: it.server.call("GET", "/health").json["runs"]["active"] == 0)
     assert len(it.order) == 2
 

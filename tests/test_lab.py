@@ -5,12 +5,13 @@ import json
 import stat
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 
 import pytest
 from conftest import eventually
 from lab.stub_llm import UNICODE_REPLY
 
+import clinvk
 import labkit
 from labkit import (COMPAT, JSON_TYPE, KEY, STREAMS, WAYS, Answer, Cli, Json, anthropic, at_once, openai,
                     system_prompt, texts, user)
@@ -26,10 +27,13 @@ def nothing_asked_yet(cli: Cli) -> None:
 
 # ---- Streams, text, thinking, usage
 
+UNICODE = "🚀👩‍👩‍👧‍👦 你好 日本語 한국어 שלום مرحبا e\u0301 \u2060\ufeff\u00a0?"
+
+
 @pytest.fixture(scope="module")
 def thoughtful(cli: Cli) -> Dict[str, Answer]:
-    """An answer with thinking, in every way."""
-    return cli.ask_all("!think abcd", list(WAYS))
+    """An answer with thinking, and all of Unicode in prompt and text, in every way."""
+    return cli.ask_all(f"!think {UNICODE}", list(WAYS))
 
 
 def test_a_stream_brings_the_text_while_the_provider_is_still_sending(cli: Cli) -> None:
@@ -38,8 +42,8 @@ def test_a_stream_brings_the_text_while_the_provider_is_still_sending(cli: Cli) 
         assert len(answer.pieces) >= 10 and answer.times[-1] - answer.times[0] > 1, way
 
 
-def test_streamed_and_whole_answers_have_the_same_text(thoughtful: Dict[str, Answer]) -> None:
-    assert {way: answer.text for way, answer in thoughtful.items()} == dict.fromkeys(WAYS, "STUB[!think abcd]")
+def test_all_of_unicode_gets_there_and_back_streamed_and_whole(thoughtful: Dict[str, Answer]) -> None:
+    assert {way: answer.text for way, answer in thoughtful.items()} == dict.fromkeys(WAYS, f"STUB[!think {UNICODE}]")
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "native"])
@@ -47,11 +51,11 @@ def test_thinking_comes_as_thinking(thoughtful: Dict[str, Answer], way: str) -> 
     assert thoughtful[way].thinking.endswith("Let me think about this.")
 
 
-# What the stub counts for that prompt: 102 in, of which (claude: beside which) 40 from the cache and, with claude, 3
-# into it; 14 out, with codex 7 of them for thinking. gemini's protocol tells neither of cached nor of thought tokens.
-USAGE = {"openai": {"claude": (145, 14, 40, 0), "codex": (102, 14, 40, 7), "gemini": (102, 14, 0, 0)},
-         "anthropic": {"claude": (102, 14, 40, 3), "codex": (62, 14, 40, 0), "gemini": (102, 14, 0, 0)},
-         "native": {"claude": (102, 14, 40, 0), "codex": (102, 14, 40, 7), "gemini": (102, 14, 0, 0)}}
+# What the stub counts for that prompt: 111 in, of which (claude: beside which) 40 from the cache and, with claude, 3
+# into it; 22 out, with codex 7 of them for thinking. gemini's protocol tells neither of cached nor of thought tokens.
+USAGE = {"openai": {"claude": (154, 22, 40, 0), "codex": (111, 22, 40, 7), "gemini": (111, 22, 0, 0)},
+         "anthropic": {"claude": (111, 22, 40, 3), "codex": (71, 22, 40, 0), "gemini": (111, 22, 0, 0)},
+         "native": {"claude": (111, 22, 40, 0), "codex": (111, 22, 40, 7), "gemini": (111, 22, 0, 0)}}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -65,12 +69,6 @@ def test_the_usage_is_the_providers(cli: Cli, thoughtful: Dict[str, Answer], way
         told.append(usage["prompt_tokens_details"]["cached_tokens"])
         told.append(usage["completion_tokens_details"]["reasoning_tokens"])
     assert tuple(told) == USAGE[api][cli.name]
-
-
-def test_all_of_unicode_gets_there_and_back(cli: Cli) -> None:
-    text = "🚀👩‍👩‍👧‍👦 你好 日本語 한국어 שלום مرحبا e\u0301 \u2060\ufeff\u00a0?"
-    for way, answer in cli.ask_all(text, ["openai", "anthropic stream", "native stream"]).items():
-        assert answer.text == f"STUB[{text}]", way
 
 
 def test_a_line_separator_in_an_answer_is_kept_or_the_run_fails(cli: Cli) -> None:
@@ -115,6 +113,7 @@ def test_a_command_writes_only_where_the_modes_let_it(cli: Cli, tmp_path: Path) 
 
 # ---- Failures
 
+MOST = 5  # times that a CLI asks its provider for one answer; by hand codex does 6 times, claude 11, gemini for minutes
 FAILURES = {  # prompt, model -> status, OpenAI's type and code, Anthropic's type
     ("!error 401", ""): (401, "authentication_error", "backend_auth", "authentication_error"),
     ("!error 429", ""): (429, "rate_limit_error", "rate_limit_exceeded", "rate_limit_error"),
@@ -123,50 +122,56 @@ FAILURES = {  # prompt, model -> status, OpenAI's type and code, Anthropic's typ
 CLASSES = {401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError", 504: "InternalServerError"}
 
 
-def failed(cli: Cli, way: str, prompt: str, **fields: Any) -> Any:
-    """The SDK's exception, which must come within 10 s."""
+class Failed(NamedTuple):
+    """The SDK's exception. A stream begins after 10 s, whatever comes: on a busy machine a failure is told in it."""
+    error: Any
+    may_have_begun: bool
+
+
+def failed(cli: Cli, way: str, prompt: str, **fields: Any) -> Failed:
     began, sdk = time.monotonic(), openai if way.startswith("openai") else anthropic
     with pytest.raises(sdk.APIError) as caught:
         cli.ask(way, prompt, **fields)
-    assert time.monotonic() - began < 10
-    return caught.value
+    return Failed(caught.value, way.endswith("stream") and time.monotonic() - began > clinvk.SILENCE)
 
 
-def assert_is(error: Any, way: str, status: int, kind: str, code: str, anthropic_kind: str) -> None:
-    sdk = openai if way.startswith("openai") else anthropic
-    assert error.status_code == status and isinstance(error, getattr(sdk, CLASSES[status])), (way, error)
+def assert_is(failure: Failed, way: str, status: int, kind: str, code: str, anthropic_kind: str) -> None:
+    error, sdk = failure.error, openai if way.startswith("openai") else anthropic
+    if getattr(error, "status_code", 200) == 200:  # the OpenAI SDK has none for what a stream tells
+        assert failure.may_have_begun, (way, error)
+    else:
+        assert error.status_code == status and isinstance(error, getattr(sdk, CLASSES[status])), (way, error)
     told = (error.type, error.code) if sdk is openai else (error.body["error"]["type"],)
     assert told == ((kind, code) if sdk is openai else (anthropic_kind,)), (way, error)
 
 
 @pytest.mark.parametrize("prompt, model", FAILURES)
 def test_a_failure_is_the_sdks_own_error_at_the_first_try(cli: Cli, prompt: str, model: str) -> None:
-    limit = 3 if prompt == "!hang" else 60
     fields: Dict[str, Any] = {"model": f"{cli.name}/{model}"} if model else {}
-    fields["extra_body"] = {"clinvk": {"timeout_secs": limit}}
-    ways = COMPAT if prompt in ("!error 401", "!hang") else ["openai stream", "anthropic"]
+    fields["extra_body"] = {"clinvk": {"timeout_secs": 3}} if prompt == "!hang" else {}
+    ways = COMPAT if prompt == "!hang" else ["openai stream", "anthropic"]  # the others without a login, below
     before = cli.served.stderr.count(" POST ")
-    errors = at_once([functools.partial(failed, cli, way, prompt, **fields) for way in ways])
-    for way, error in zip(ways, errors):
-        assert_is(error, way, *FAILURES[prompt, model])
-        assert error.response.headers["x-should-retry"] == "false"
+    failures = at_once([functools.partial(failed, cli, way, prompt, **fields) for way in ways])
+    for way, failure in zip(ways, failures):
+        assert_is(failure, way, *FAILURES[prompt, model])
+        assert failure.may_have_begun or failure.error.response.headers["x-should-retry"] == "false"
     eventually(lambda: cli.served.stderr.count(" POST ") == before + len(ways))
-    assert limit == 60 or len(cli.lab.asked) <= len(ways)
+    assert len(cli.lab.asked) <= (1 if prompt == "!hang" else MOST) * len(ways)
 
 
 @pytest.mark.parametrize("prompt, model", FAILURES)
 def test_a_failed_run_of_the_own_api_is_an_answer_with_an_error(cli: Cli, prompt: str, model: str) -> None:
-    began = time.monotonic()
-    fields = {"model": model} if model else {}
-    told = cli.prompt(prompt, timeout_secs=3 if prompt == "!hang" else 60, **fields)
-    assert (told.status, time.monotonic() - began < 10) == (200, True)
-    assert told.json["exit_code"] != 0 and told.json["error"]
+    fields: Dict[str, Any] = {"model": model} if model else {}
+    told = cli.prompt(prompt, **fields, **({"timeout_secs": 3} if prompt == "!hang" else {}))
+    assert told.status == 200 and told.json["exit_code"] != 0
+    assert told.json["error"].startswith("time is up") == (prompt == "!hang")
+    assert len(cli.lab.asked) <= (1 if prompt == "!hang" else MOST)
 
 
 @pytest.mark.parametrize("cli, chosen", [("claude", ""), ("claude 2.1.331", ""), ("codex", ""), ("gemini", ""),
                                          ("gemini", "gemini-api-key"), ("gemini", "oauth-personal")], indirect=["cli"])
-def test_a_cli_without_a_login_fails_soon_and_opens_no_browser(cli: Cli, another: Callable[..., Cli], tmp_path: Path,
-                                                               chosen: str) -> None:
+def test_a_cli_without_a_login_fails_and_opens_no_browser(cli: Cli, another: Callable[..., Cli], tmp_path: Path,
+                                                          chosen: str) -> None:
     for name in ("xdg-open", "open", "x-www-browser", "sensible-browser", "firefox", "chrome"):
         executable(tmp_path / "bin" / name, f"touch {tmp_path}/opened")
     out = another(before_path=[tmp_path / "bin"], ANTHROPIC_API_KEY=None, STUB_KEY=None, GEMINI_API_KEY=None,
@@ -175,9 +180,9 @@ def test_a_cli_without_a_login_fails_soon_and_opens_no_browser(cli: Cli, another
     (out.home / ".gemini" / "settings.json").write_text(json.dumps(settings))
     ways = ["openai", "anthropic stream"]
     calls = [functools.partial(failed, out, way, "hello") for way in ways]
-    *errors, told = at_once([*calls, lambda: out.prompt("hello")])
-    for way, error in zip(ways, errors):
-        assert_is(error, way, *FAILURES["!error 401", ""])
+    *failures, told = at_once([*calls, lambda: out.prompt("hello")])
+    for way, failure in zip(ways, failures):
+        assert_is(failure, way, *FAILURES["!error 401", ""])
     assert told.status == 200 and told.json["exit_code"] != 0 and not told.json.get("output"), told.body
     assert "not logged in" in told.json["error"]
     assert not (tmp_path / "opened").exists() and not out.lab.asked
@@ -199,24 +204,45 @@ PROMPTS = {"a flag": "-x", "a sub-command": "help", "a command": "/cost", "anoth
 REFUSED = {("codex", "2 MB"): "codex takes 1048576 at most"}
 
 
+@pytest.fixture(scope="module")
+def session(cli: Cli) -> Dict[str, str]:
+    """Of the agent, to go on with: it begins with the first prompt."""
+    return {}
+
+
 @pytest.mark.parametrize("name", PROMPTS)
-def test_a_prompt_gets_to_the_provider_to_the_letter(cli: Cli, tmp_path: Path, name: str) -> None:
+def test_a_prompt_gets_to_the_provider_to_the_letter(cli: Cli, session: Dict[str, str], tmp_path: Path,
+                                                     name: str) -> None:
+    """The model is asked for the first time; the agent in a conversation, in the process that goes on with it."""
     (tmp_path / "secret").write_text("what stands in the file")
     prompt = PROMPTS[name].replace("{secret}", str(tmp_path / "secret"))
     body = {"model": cli.name, "messages": [{"role": "user", "content": prompt}]}
     answers = at_once([lambda: cli.served.call("POST", "/v1/chat/completions", body, x_api_key=KEY),
-                       lambda: cli.prompt(prompt)])  # the model, the agent
+                       lambda: cli.prompt(prompt, ephemeral=False, **session)])
     sent = [list(texts(request["body"])) for request in cli.lab.asked]
     if (cli.name, name) in REFUSED:
         assert ([told.status for told in answers], sent) == ([400, 422], [])
         assert all(REFUSED[cli.name, name] in told.body.decode() for told in answers)
     else:
         assert [(told.status, told.json.get("exit_code", 0)) for told in answers] == [(200, 0)] * 2, answers
-        assert len(sent) >= 2 and all(prompt in strings for strings in sent)
+        assert len(sent) >= 2 and [strings for strings in sent if prompt not in strings] == []
         assert not any("what stands in the file" in text for strings in sent for text in strings)
+        session["session_id"] = answers[1].json["session_id"]
 
 
-def test_a_conversation_gets_there_whole_through_both_sdks(cli: Cli) -> None:
+SENTENCE = "You are a Claude agent, built on Anthropic's Claude Agent SDK."  # which claude always sends
+
+
+def assert_model_way(cli: Cli, *system: str) -> None:
+    """What the provider was asked has that system prompt alone, and no tools."""
+    assert cli.lab.asked
+    for request in cli.lab.asked:
+        found = [text for text in system_prompt(request["body"]) if not text.startswith("x-anthropic-billing-header")]
+        assert found == [*([SENTENCE] if cli.name == "claude" else []), *system]
+        assert not request["tools"]
+
+
+def test_a_conversation_and_its_system_prompt_get_there_whole_through_both_sdks(cli: Cli) -> None:
     turns = [("user", "first question"), ("assistant", "earlier answer"), ("user", "and !history")]
     messages = [{"role": role, "content": text} for role, text in turns]
     system = {"role": "system", "content": "You are a pirate."}
@@ -226,24 +252,14 @@ def test_a_conversation_gets_there_whole_through_both_sdks(cli: Cli) -> None:
     for request in cli.lab.asked:
         sent = "\n".join(texts(request["body"]))
         assert [text for _, text in turns] == sorted((text for _, text in turns), key=sent.index)
-        assert "You are a pirate." in system_prompt(request["body"])
+    assert_model_way(cli, "You are a pirate.")
 
 
 # ---- What reaches the provider besides the prompt
 
-SENTENCE = "You are a Claude agent, built on Anthropic's Claude Agent SDK."  # which claude always sends
-
-
-def test_the_system_prompt_is_the_clients_and_there_are_no_tools(cli: Cli) -> None:
-    pirate = {"role": "system", "content": "You are a pirate."}
-    at_once([lambda: cli.ask("openai", "", messages=[pirate, *user("first")]),
-             lambda: cli.ask("openai stream", "third"),
-             lambda: cli.ask("anthropic stream", "second", system=pirate["content"])])
-    own = [SENTENCE] if cli.name == "claude" else []
-    for request in cli.lab.asked:
-        found = [text for text in system_prompt(request["body"]) if not text.startswith("x-anthropic-billing-header")]
-        assert found == own + (["You are a pirate."] if request["prompt"] != "third" else [])
-        assert not request["tools"]
+def test_where_the_client_sends_no_system_prompt_there_is_none_and_there_are_no_tools(cli: Cli) -> None:
+    cli.ask("openai stream", "hello")
+    assert_model_way(cli)
 
 
 HONOURED = {  # request -> what is in the request to the provider, and what is ignored
@@ -357,11 +373,14 @@ def plant(home: Path, workdir: Path, started: Path) -> None:
                           f'command = "{server}"\nargs = ["{started}/mcp-{place}"]\n')
 
 
-@pytest.fixture
-def planted(cli: Cli, another: Callable[..., Cli], tmp_path: Path) -> Cli:
+@pytest.fixture(scope="module")
+def planted(cli: Cli, pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
     """The CLI in a home and a directory where there are files of the operator's."""
-    plant(labkit.make_home(tmp_path / "home", cli.lab.url), tmp_path / "work", tmp_path / "started")
-    return another()
+    folder = tmp_path_factory.mktemp("planted")
+    plant(labkit.make_home(folder / "home", cli.lab.url), folder / "work", folder / "started")
+    made = Cli(cli.name, cli.lab, pyz, folder, version=cli.version)
+    yield made
+    made.close()
 
 
 def started_in(cli: Cli) -> List[str]:
@@ -395,9 +414,16 @@ LEFT = (".claude/projects", ".claude/sessions", ".claude/todos", ".codex/session
         ".gemini/tmp/*/chats", ".clinvk/codex/sessions", ".clinvk/runs", ".clinvk/empty")
 
 
-def test_runs_leave_no_session_and_no_scratch_file(cli: Cli, another: Callable[..., Cli]) -> None:
-    quiet = another(config={"server": {"spares": 0, "live_conversations": 0}})
+@pytest.fixture(scope="module")
+def quiet(cli: Cli, pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+    """The CLI behind a clinvk in which nothing waits."""
+    made = Cli(cli.name, cli.lab, pyz, tmp_path_factory.mktemp("quiet"), version=cli.version,
+               config={"server": {"spares": 0, "live_conversations": 0}})
+    yield made
+    made.close()
 
+
+def test_runs_leave_no_session_and_no_scratch_file(quiet: Cli) -> None:
     def left() -> List[Path]:
         return [path for place in LEFT for path in quiet.home.glob(f"{place}/**/*") if path.is_file()]
     at_once([lambda: quiet.ask("openai", "hello"), lambda: quiet.ask("native", "hello"),
@@ -406,26 +432,26 @@ def test_runs_leave_no_session_and_no_scratch_file(cli: Cli, another: Callable[.
 
 
 LEAVINGS = {  # path, stream, prompt
-    "a stream of OpenAI's": ("/openai/v1/chat/completions", True, "!slow 50"),
-    "a stream of Anthropic's": ("/anthropic/v1/messages", True, "!slow 50"),
+    "a stream of OpenAI's": ("/openai/v1/chat/completions", True, "!slow 6000"),
+    "a stream of Anthropic's": ("/anthropic/v1/messages", True, "!slow 6000"),
     "a whole answer": ("/openai/v1/chat/completions", False, "!hang"),
     "a tool": ("/api/v1/prompt", True, "!tool tail -f /dev/null")}
 
 
 @pytest.mark.parametrize("name", LEAVINGS)
-def test_nothing_runs_on_for_a_client_that_has_left(cli: Cli, another: Callable[..., Cli], name: str) -> None:
+def test_nothing_runs_on_for_a_client_that_has_left(quiet: Cli, name: str) -> None:
     path, stream, prompt = LEAVINGS[name]
-    quiet = another(config={"server": {"spares": 0, "live_conversations": 0}})
-    body = {"backend": cli.name, "prompt": prompt, "approval_mode": "auto", "output_format": "stream-json",
+    eventually(lambda: not quiet.processes())  # it may still be asking for the CLI's version
+    body = {"backend": quiet.name, "prompt": prompt, "approval_mode": "auto", "output_format": "stream-json",
             "ephemeral": True} if path == "/api/v1/prompt" else \
-        {"model": cli.name, "max_tokens": 100, "messages": user(prompt), "stream": stream}
+        {"model": quiet.name, "max_tokens": 100, "messages": user(prompt), "stream": stream}
     connection = quiet.served.connection()
     connection.request("POST", path, json.dumps(body), {**JSON_TYPE, "X-Api-Key": KEY})
-    eventually(lambda: quiet.lab.asked, 20)
+    eventually(lambda: quiet.lab.asked, 60)
     answer = connection.getresponse() if stream else None
     assert answer is None or answer.readline()
     if "!tool" in prompt:
-        eventually(lambda: any(line.startswith("tail\0") for line in quiet.command_lines()), 20)
+        eventually(lambda: any(line.startswith("tail\0") for line in quiet.command_lines()), 60)
     assert quiet.processes()
     for one in filter(None, (answer, connection)):
         one.close()

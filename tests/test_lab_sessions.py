@@ -80,8 +80,8 @@ def test_two_servers_take_turns_in_one_conversation(cli: Cli, another: Callable[
     (tmp_path / "home").symlink_to(cli.home)
     (tmp_path / "work").symlink_to(cli.workdir)
     other, talk = another(), Talk(cli)
-    counts = [counted(talk.say("!history", server)) for server in (cli, other, cli, other)]
-    assert [later - earlier for earlier, later in zip(counts, counts[1:])] == [2, 2, 2]
+    counts = [counted(talk.say("!history", server)) for server in (cli, other, cli)]
+    assert [later - earlier for earlier, later in zip(counts, counts[1:])] == [2, 2]
 
 
 def test_a_turn_with_tools_stays_in_the_conversation_as_it_was(cli: Cli) -> None:
@@ -222,7 +222,7 @@ def test_a_session_whose_first_turn_was_cut_off_can_be_gone_on_with(cli: Cli, se
 
 
 def test_conversations_at_once_in_one_directory_stay_apart(cli: Cli) -> None:
-    talks = [Talk(cli) for _ in range(4)]
+    talks = [Talk(cli) for _ in range(3)]  # one more than run at once, and than may wait
     at_once([functools.partial(talk.say, f"first of {n}") for n, talk in enumerate(talks)])
     at_once([functools.partial(talk.say, "!history") for talk in talks])
     cli.lab.forget()
@@ -269,5 +269,5 @@ def test_fail_fast_leaves_no_process_of_the_others(lab: Lab, pyz: Path, tmp_path
     body = {"tasks": [*tasks, {"backend": "broken", "prompt": "x"}], "max_parallel": 4, "fail_fast": True}
     answer = failing.served.call("POST", "/api/v1/parallel", body, x_api_key=KEY).json
     assert [one["error"] for one in answer["results"][:3]] == ["canceled"] * 3, json.dumps(answer)
-    eventually(lambda: not failing.processes(), 2)
+    eventually(lambda: not failing.processes())
     failing.close()

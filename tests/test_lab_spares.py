@@ -97,7 +97,7 @@ class Waiting(Cli):
             time.sleep(0.25)
             after = used(self.children())
             return list(after) if before == after and len(after) == number else []
-        return list(eventually(found, 20))
+        return list(eventually(found, 60))
 
     def kill_all(self, number: int) -> None:
         """What waits: the next request finds nothing."""
@@ -431,7 +431,7 @@ class Talk:
 
 def restart(cli: Waiting, *, number: int) -> None:
     cli.served.process.send_signal(number)
-    cli.served.process.wait(10)
+    cli.served.process.wait(30)
     cli.__init__(cli.name, cli.pyz, cli.folder, lab=cli.lab, version=cli.version)  # type: ignore[misc]
 
 
@@ -525,8 +525,8 @@ def test_nothing_is_left_of_what_waited(lab: Lab, pyz: Path, tmp_path: Path, num
     scratch = cli.home / ".clinvk" / "runs"
     assert any(scratch.iterdir())
     cli.served.process.send_signal(number)
-    cli.served.process.wait(10)
-    eventually(lambda: not cli.processes(), 5)
+    cli.served.process.wait(30)
+    eventually(lambda: not cli.processes())
     if number == signal.SIGKILL:
         cli = Waiting("claude", pyz, tmp_path, lab=lab)
     assert not any(scratch.iterdir())

@@ -607,7 +607,7 @@ def test_a_client_that_goes_away_leaves_an_error_that_can_be_continued(
         connection.request("POST", "/api/v1/prompt", json.dumps(body), {"Content-Type": "application/json"})
         family = await_told(tmp_path)["family"]
         assert only(server)["status"] == "active"
-    eventually(lambda: only(server)["status"] != "active", 10)
+    eventually(lambda: only(server)["status"] != "active")
     session = only(server)
     assert session["status"] == "error" and session["error_message"] and alive(family) == []
     assert session["backend_session_id"] == CLAUDES_NAME  # it was stored when the CLI told it
@@ -763,7 +763,7 @@ def test_thousands_of_old_sessions_are_deleted_at_one_start(serve: Callable[...,
                       SELECT {', '.join(made.get(column, column) for column in columns)} FROM sessions, numbers""")
     assert sql(database, "SELECT count(*) FROM sessions") == [(2501,)]
     server = serve()
-    eventually(lambda: [session["id"] for session in listed(server)] == [name], 10)
+    eventually(lambda: [session["id"] for session in listed(server)] == [name])
 
 
 # ---- Servers that are killed or stopped
@@ -785,7 +785,7 @@ def test_a_turn_of_a_killed_server_is_an_error_after_the_next_start(
     assert ask(server, "again", "claude", session_id=session["id"]).json["exit_code"] == 0
     assert shown(server, session["id"])["status"] == "completed"
     assert len(list((database.parent / "servers").iterdir())) == 1  # nothing is left of the one that was killed
-    eventually(lambda: alive(family) == [], 10)
+    eventually(lambda: alive(family) == [])
 
 
 def test_a_turn_of_a_server_that_lives_stays_active_when_another_starts(
@@ -831,9 +831,7 @@ def test_sigterm_in_mid_run_stores_the_session_and_leaves_no_process(
     for backend in ("it", "claude"):
         meanwhile(ask, server, "hold family", backend, **fields)
     eventually(lambda: len(told(tmp_path)) == 2, 20)
-    began = time.monotonic()
     assert server.stop() == 0
-    assert time.monotonic() - began < 5
     assert alive([pid for run in told(tmp_path) for pid in run["family"]]) == []
     assert sql(database, "SELECT status FROM sessions") == [("error",), ("error",)]
     assert all(message for (message,) in sql(database, "SELECT error_message FROM sessions"))
@@ -857,17 +855,20 @@ def test_nobody_else_can_read_the_sessions(serve: Callable[..., Served], databas
         os.umask(before)
 
 
+WAITED = re.compile(r" 503 (\d+) ms ")
+
+
 def test_a_database_that_another_program_holds_is_an_error_for_all_at_the_same_time(
         serve: Callable[..., Served], database: Path, meanwhile: Callable[..., "Future[Reply]"]) -> None:
     server = serve()
     with contextlib.closing(sqlite3.connect(str(database), isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
-        began = time.monotonic()
         asked = [meanwhile(ask, server) for _ in range(8)]
         assert server.call("GET", "/health").status == 200 and listed(server) == []
         assert {one.result().status for one in asked} == {503}
-        assert time.monotonic() - began < 10, "not one after the other"
         holder.execute("ROLLBACK")
+    waited = eventually(lambda: WAITED.findall(server.stderr) if server.stderr.count(" 503 ") == 8 else [])
+    assert max(map(int, waited)) < 4000 * clinvk.LOCK_WAIT, "one after the other it were 8 times that"
     assert ask(server).status == 200
 
 
@@ -1153,7 +1154,7 @@ def test_many_long_prompts_at_once_are_all_stored(serve: Callable[..., Served],
 
 # ---- Killed under load
 
-ROUNDS = 50
+ROUNDS = 30
 SHELL = 'prompt=$(cat); sleep $(printf 0.%03d $((20 + $$ % 81))); case $prompt in fail*) exit 3;; esac; echo "$prompt"'
 
 
@@ -1165,6 +1166,7 @@ class Ledger:
         self.said: Dict[str, str] = {}  # session -> its status by the last answer
         self.cut: Set[str] = set()  # sessions of which a later turn was cut off
         self.echoes: List[str] = []
+        self.answers = 0
 
     def load(self, server: Served, chance: random.Random) -> None:
         """Half new sessions, half further turns, until the server has gone."""
@@ -1182,6 +1184,7 @@ class Ledger:
 
     def answered(self, name: str, backend: str, exit_code: int) -> None:
         self.cut.discard(name)
+        self.answers += 1
         self.turns[name] = self.turns.get(name, 0) + 1
         self.said[name] = "error" if exit_code else "completed"
         if backend == "echo" and self.turns[name] == 1:
@@ -1208,11 +1211,14 @@ def test_no_answered_turn_is_lost_however_often_the_server_is_killed(
     config = {"backends": {"it": {"command": ["sh", "-c", SHELL]}}}
     chance, ledgers = random.Random(16), [Ledger() for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
+        def answered() -> int:
+            return sum(ledger.answers for ledger in ledgers)
         for round_ in range(ROUNDS):
             server = serve(config=config)
             loads = [pool.submit(ledger.load, server, random.Random(8 * round_ + i))
                      for i, ledger in enumerate(ledgers)]
-            time.sleep(chance.uniform(0.05, 0.7))
+            answers = answered() + chance.randint(1, 24)
+            eventually(lambda answers=answers: answered() >= answers)
             server.process.kill()
             server.process.wait()
             for load in loads:
@@ -1223,6 +1229,6 @@ def test_no_answered_turn_is_lost_however_often_the_server_is_killed(
     while len(found) < server.call("GET", "/api/v1/sessions?limit=1").json["total"]:
         found.update({session["id"]: session for session in listed(server, f"?limit=1000&offset={len(found)}")})
     assert not [session for session in found.values() if session["status"] == "active"]
+    assert sum(len(ledger.echoes) for ledger in ledgers) > ROUNDS  # sessions of many turns, and others
     for ledger in ledgers:
-        assert len(ledger.turns) > ROUNDS // 2 and len(ledger.echoes) > 5  # the load was one, on a busy machine too
         assert not [name for name in ledger.turns if name not in found or not ledger.keeps(found[name])]

@@ -18,7 +18,7 @@ from conftest import Client, Reply, Served, alive, children_of, eventually
 
 OPENAI, ANTHROPIC, NATIVE = "/openai/v1/chat/completions", "/anthropic/v1/messages", "/api/v1/prompt"
 WAYS = [(OPENAI, False), (OPENAI, True), (ANTHROPIC, False), (ANTHROPIC, True)]  # path, stream
-SOON = 20.0  # seconds for what takes at most three, on a busy machine
+SOON = 60.0  # seconds for what takes at most three, on a busy machine
 A_WHILE = 0.7  # seconds in which a spare would be there, if one were started
 
 # What both scripted CLIs do: a note is {"did": "start", "pid": ...} and the like.
@@ -349,7 +349,7 @@ def test_the_backend_wanted_longest_ago_loses_its_spare_when_there_would_be_too_
     assert stage.say(model="codex").start == "cold"
     eventually(lambda: len(stage.spares()) == spares and stage.spares() != [of_claude], SOON)
     assert (of_claude in stage.spares()) is first
-    assert stage.say(model="codex").start == "spare"
+    eventually(lambda: stage.say(model="codex").start == "spare", SOON)
 
 
 def test_a_spare_that_nobody_needs_ends(stage: Stage) -> None:
@@ -681,7 +681,7 @@ def test_nothing_that_waits_outlives_a_server_that_is_stopped(stage: Stage, crow
 def test_nothing_that_waits_outlives_a_server_that_is_killed(stage: Stage, crowd: List[int]) -> None:
     assert isinstance(stage.server, Served)
     stage.server.process.kill()
-    eventually(lambda: not alive(crowd), 10)  # it takes two seconds where nothing else runs
+    eventually(lambda: not alive(crowd))
 
 
 # claude in as little as there is: it starts and answers within the milliseconds of a shell.
