@@ -352,7 +352,7 @@ class Checker:
         """A field that `model` does not have, or not over the wire though its base has."""
         place = f"{at}.{name}" if at else name
         if issubclass(model, Open):
-            if not issubclass(model, Kept):
+            if value is not None and not issubclass(model, Kept):
                 self.unknown.append(re.sub(r"\[\d+\]", "", place))
         elif any(name in wire_fields(base) for base in model.__mro__[1:-1]):
             if value is not None:

@@ -120,6 +120,11 @@ def test_an_open_model_takes_unknown_fields_and_keeps_their_names() -> None:
     assert sorted(request.unknown) == ["messages.content.colour", "messages.mood", "seed", "top_p"]
 
 
+def test_a_null_is_no_field_that_could_be_ignored() -> None:
+    body = {"model": "echo", "messages": [{"role": "user", "content": "a", "mood": None}], "verbosity": None, "seed": 1}
+    assert clinvk.check(clinvk.ChatRequest, body).unknown == ("seed",)
+
+
 def test_what_an_item_keeps_whole_is_not_ignored() -> None:
     items = [{"type": "function_call", "name": "f", "arguments": "{}"},
              {"type": "local_shell_call", "action": {"a": 1}}, {"role": "user", "content": "a", "mood": 1}]
