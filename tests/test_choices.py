@@ -139,7 +139,7 @@ def test_one_answer_that_fails_is_an_error_and_ends_the_others(stage: Stage, pat
         asked = pool.submit(stage.post, path, n=2, stream=stream)
         eventually(lambda: len(stage.told) == 2)
         stage.go(0)
-        reply = asked.result()
+        reply = asked.result(20)  # the other one would take 30 s
     assert (reply.status, reply.headers["x-should-retry"]) == (502, "false") and "it broke" in fault(reply, "openai")
     eventually(lambda: not alive([told["pid"] for told in stage.told]))
 
@@ -151,7 +151,7 @@ def test_one_that_fails_in_mid_stream_is_an_error_there_and_ends_the_others(stag
         asked = pool.submit(stage.post, path, n=2, stream=True)
         eventually(lambda: len(stage.told) == 2)
         stage.go(0)
-        reply = asked.result()
+        reply = asked.result(20)
     assert reply.status == 200 and b"Hel" in reply.body and b"never" not in reply.body and b"[DONE]" not in reply.body
     assert reply.data[-1]["error"]["code"] == "backend_failed" and "it broke" in reply.data[-1]["error"]["message"]
     eventually(lambda: not alive([told["pid"] for told in stage.told]))
