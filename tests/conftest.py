@@ -57,7 +57,7 @@ def interpreter(version: str) -> str:
     pytest.skip(f"no Python {version} on this machine")
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
     """What `condition` gives once that is true; fails if it is not within `seconds`, on a machine however busy."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
