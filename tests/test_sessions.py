@@ -1154,7 +1154,7 @@ def test_many_long_prompts_at_once_are_all_stored(serve: Callable[..., Served],
 
 # ---- Killed under load
 
-ROUNDS = 30
+ROUNDS = 50
 SHELL = 'prompt=$(cat); sleep $(printf 0.%03d $((20 + $$ % 81))); case $prompt in fail*) exit 3;; esac; echo "$prompt"'
 
 
