@@ -93,6 +93,7 @@ def told(events: Iterable[clinvk.Event]) -> Iterator[clinvk.Told]:
 LANES = {"test_lab_sessions": "sessions", "test_lab_spares": "sessions"}
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own reads the marks
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
     """The tests of a file stay together, for they share what the file sets up; those of the lab in their lane."""
     for item in items:
