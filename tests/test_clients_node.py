@@ -177,9 +177,10 @@ def openai_usage(prompt: int, completion: int, cached: int = 0, reasoning: int =
             "completion_tokens_details": {"reasoning_tokens": reasoning}}
 
 
-def responses_usage(prompt: int, completion: int, cached: int = 0, reasoning: int = 0) -> Json:
+def responses_usage(prompt: int, completion: int, cached: int = 0, reasoning: int = 0, written: int = 0) -> Json:
     return {"input_tokens": prompt, "output_tokens": completion, "total_tokens": prompt + completion,
-            "input_tokens_details": {"cached_tokens": cached}, "output_tokens_details": {"reasoning_tokens": reasoning}}
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
+            "output_tokens_details": {"reasoning_tokens": reasoning}}
 
 
 def anthropic_usage(fresh: int, output: int, read: int = 0, created: int = 0) -> Json:
@@ -576,7 +577,7 @@ def test_the_turns_and_instructions_of_a_response_come_to_the_cli_whole(openai: 
 
 
 def test_openai_node_reads_the_clis_own_counts_in_a_response(openai: Json) -> None:
-    assert openai["response counted"] == responses_usage(105, 12, 30, 4)
+    assert openai["response counted"] == responses_usage(105, 12, 30, 4, 5)
 
 
 def test_openai_nodes_parse_helpers_read_an_object_in_a_response(openai: Json) -> None:
