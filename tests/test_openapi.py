@@ -226,6 +226,17 @@ def before_call(context, case, arguments):
             options["timeout_secs"] = 10
     for schema in schemas_in(body):
         schema.clear()
+    for messages in (body.get("messages"), body.get("input")):
+        for message in messages if isinstance(messages, list) else ():
+            if isinstance(message, dict) and message.get("role") in ("system", "developer") and holds_image(message):
+                message["role"] = "user"  # a system prompt has no images, which the document does not say
+
+
+def holds_image(value):
+    if isinstance(value, dict) and value.get("type") in ("image", "image_url", "input_image"):
+        return True
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(holds_image, inside))
 
 
 def schemas_in(value):
