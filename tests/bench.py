@@ -118,9 +118,13 @@ class Clinvk:
 
     def __exit__(self, *_: Any) -> None:
         self.connection.close()
-        self.process.terminate()
-        self.process.wait()
+        self.stop()
         self.process.stdout.close()
+
+    def stop(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has been stopped
+            self.process.terminate()
+        self.process.wait()
 
     def call(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
         try:
@@ -417,15 +421,23 @@ def echo_times(servers: List[Clinvk]) -> Timed:
     return servers[0].ask("echo", user("hello"), stream=False).times
 
 
-def streamed_late(server: Clinvk, prompt: str) -> List[float]:
-    """How late each delta comes, in ms: both clocks are the machine's monotonic one."""
-    late: List[float] = []
+@contextlib.contextmanager
+def stream_of(server: Clinvk, prompt: str) -> Iterator[http.client.HTTPResponse]:
+    """A streamed answer, on a connection of its own."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
     with contextlib.closing(connection):
         connection.request("POST", "/openai/v1/chat/completions",
                            json.dumps({"model": "claude", "messages": user(prompt), "stream": True}),
                            {"Content-Type": "application/json"})
-        for line in connection.getresponse():
+        with connection.getresponse() as answer:
+            yield answer
+
+
+def streamed_late(server: Clinvk, prompt: str) -> List[float]:
+    """How late each delta comes, in ms: both clocks are the machine's monotonic one."""
+    late: List[float] = []
+    with stream_of(server, prompt) as answer:
+        for line in answer:
             now = time.monotonic_ns()
             if b'"content":"' in line and b'"content":""' not in line:
                 text = json.loads(line[6:])["choices"][0]["delta"]["content"]
@@ -495,6 +507,31 @@ def streams(bench: Bench) -> Rows:
 
 def flat(lists: Iterable[List[float]]) -> List[float]:
     return [value for one in lists for value in one]
+
+
+def busy(bench: Bench) -> Rows:
+    """What a server says of itself, and how long its end takes, in the middle of 50 answers against idle."""
+    config = runs(scripted(bench.folder), max_concurrent_runs=50)
+
+    def answering(server: Clinvk, stack: contextlib.ExitStack) -> None:
+        for _ in range(50):
+            stack.enter_context(stream_of(server, "send 1000000 20 0.1")).readline()
+
+    def ended(*, answers: bool) -> Timed:
+        with Clinvk(bench.folder / "ended", config) as server, contextlib.ExitStack() as stack:
+            if answers:
+                answering(server, stack)
+            return timed(server.stop)
+    with Clinvk(bench.folder / "idle", config) as idle, Clinvk(bench.folder / "busy", config) as server, \
+            contextlib.ExitStack() as stack:
+        answering(server, stack)
+        health = taken_in_turn(6 * bench.rounds, {
+            "busy": lambda: timed(lambda: server.call("GET", "/health").read()),
+            "idle": lambda: timed(lambda: idle.call("GET", "/health").read())})
+    end = taken_in_turn(bench.rounds, {"busy": functools.partial(ended, answers=True),
+                                       "idle": functools.partial(ended, answers=False)})
+    for name, found in (("/health", health), ("from SIGTERM to the end", end)):
+        yield Row("busy", f"{name}, 50 answers going on", ms(found["busy"].end), "none", ms(found["idle"].end))
 
 
 def big(bench: Bench) -> Rows:
@@ -647,7 +684,7 @@ def plot_one(axes: Any, name: str, rows: Sequence[Row]) -> None:
 
 SECTIONS: Dict[str, Callable[[Bench], Rows]] = {
     "first-text": first_text, "overhead": overhead, "deltas": deltas, "clients": clients, "streams": streams,
-    "big": big, "start-up": start_up, "growth": growth, "sessions": sessions}
+    "busy": busy, "big": big, "start-up": start_up, "growth": growth, "sessions": sessions}
 
 
 def measured(names: Sequence[str], rounds: int, mine: List[str]) -> Iterator[Row]:
