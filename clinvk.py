@@ -52,7 +52,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import (Annotated, Any, Callable, ClassVar, Container, Deque, Dict, FrozenSet, Generator, Iterable,
-                    Iterator, List, Literal, Mapping, NamedTuple, NoReturn, Optional, Pattern, Protocol, Sequence, Set,
+                    Iterator, List, Literal, Mapping, NamedTuple, Optional, Pattern, Protocol, Sequence, Set,
                     Tuple, Type, TypedDict, TypeVar, Union, cast, get_args, get_origin, get_type_hints)
 
 
@@ -611,6 +611,8 @@ def load_config(path: Optional[str], environ: Mapping[str, str], flags: Mapping[
 
     `path` is what --config says; `flags` maps a key such as `server.port` to a value of the command line."""
     home = Path(environ.get("CLINVK_HOME") or Path(environ.get("HOME") or Path.home()) / ".clinvk").absolute()
+    if path == "":
+        raise ConfigError("--config: names no file; leave it out, or name one")
     named = path or environ.get("CLINVK_CONFIG")
     file = Path(named) if named else home / "config.yaml"
     is_there = bool(named) or file.exists()
@@ -715,10 +717,16 @@ def refuse_contradictions(config: Config, source: Callable[[str], str]) -> None:
         if name not in BUILT_IN and not backend.command:
             raise ConfigError(f"{source('')}: backends.{name}.command is required: clinvk has no backend of that name"
                               + nearest(name, BUILT_IN))
-        if backend.command in ([""], [" "]) or any(not re.fullmatch(r"[^=\0]+", variable) for variable in backend.env):
+        program = backend.command if isinstance(backend.command, str) else "".join(backend.command[:1])
+        is_blank = bool(backend.command) and not program.strip()
+        if is_blank or any(not re.fullmatch(r"[^=\0]+", variable) for variable in backend.env):
             raise ConfigError(f"{source('')}: backends.{name}: command and the names in env must not be empty, and a "
                               "name has no '='")
     refuse_origins(config.server, source)
+    for host in config.server.allowed_hosts:
+        if not re.fullmatch(r"[^\s*/,@]+", host):
+            raise ConfigError(f"{source('server.allowed_hosts')}: server.allowed_hosts: {host!r} must be one host's "
+                              "name or address, such as box.local; with API keys and server.host 0.0.0.0 any will do")
     for network in config.server.trusted_proxies:
         try:
             ipaddress.ip_network(network, strict=False)
@@ -1764,9 +1772,9 @@ class Format(Open):
     SHAPE: ClassVar[Json] = form_shape("schema")
     type: str = param("text", choices=FORMS)
     schema: Optional[Dict[str, Any]] = param(None, doc="JSON Schema, for json_schema.")
-    name: Any = param(None, doc=LENIENT)
+    name: str = param("", free_text=True, doc=LENIENT)
     description: Any = param(None, doc=LENIENT)
-    strict: Any = param(None, doc="The answer fits the schema in any case.")
+    strict: Optional[bool] = param(None, doc="The answer fits the schema in any case.")
 
     def faults(self) -> Iterator[Tuple[str, str]]:
         if self.type == "json_schema" and self.schema is None:
@@ -1805,8 +1813,10 @@ class Compat(Open):
         """The fields that are without effect, whatever the backend."""
         return list(self.unknown)
 
-    def prompt_request(self, config: Config, turns: List[Turn], **fields: Any) -> PromptRequest:
-        """A run: of the model, or of the agent if `clinvk.workdir` or config says so."""
+    def prompt_request(self, config: Config, turns: List[Turn], system_prompt: Optional[str],
+                       **fields: Any) -> PromptRequest:
+        """A run: of the model, or of the agent if `clinvk.workdir` or config says so. What `clinvk` says counts for
+        more than `fields`."""
         backend, model = backend_of(self.model, config)
         options = self.clinvk or AgentOptions()
         isolated = options.workdir is None and options.session_id is None and config.server.compat_mode == "model"
@@ -1816,7 +1826,7 @@ class Compat(Open):
         prompt = as_prompt(turns)
         fields = {name: value for name, value in fields.items() if getattr(options, name) in (None, "")}
         return dataclasses.replace(options, backend=backend, model=model, prompt=prompt.text, images=prompt.images,
-                                   isolated=isolated, stops=tuple(self.stops),
+                                   system_prompt=system_prompt, isolated=isolated, stops=tuple(self.stops),
                                    turns=tuple(turns) if fields.get("schema") is not None else (),
                                    conversation=conversation_of(turns) if isolated else None,
                                    ephemeral=options.ephemeral or options.session_id is None, **fields)
@@ -1848,7 +1858,8 @@ class Chat(Compat):
         talk = [turn for turn in turns if turn.role not in SYSTEM]
         if not talk:
             raise Invalid([Problem(self.PROMPT_AT, "must have a message of the user")])
-        return self.prompt_request(config, talk, system_prompt=system_text(turns), **fields)
+        system, more = system_text(turns), self.clinvk.system_prompt if self.clinvk else None
+        return self.prompt_request(config, talk, f"{system}\n{more}" if system and more else system or more, **fields)
 
     def ignored(self) -> List[str]:
         return [*(["tools"] if self.tools and self.choice != "none" else []), *self.unknown]
@@ -2082,8 +2093,9 @@ class CompletionRequest(Compat):
     def completion(self, text: str, config: Config) -> PromptRequest:
         """A run; nothing follows its answer, so that no CLI is to wait for that."""
         asked = f"<before>{text}</before>\n<after>{self.suffix}</after>" if self.suffix else text
-        return self.prompt_request(config, [Turn("user", [Piece(asked)])], max_tokens=self.max_tokens,
-                                   system_prompt=FILLS if self.suffix else COMPLETES)
+        system = self.clinvk.system_prompt if self.clinvk else None
+        return self.prompt_request(config, [Turn("user", [Piece(asked)])],
+                                   system or (FILLS if self.suffix else COMPLETES), max_tokens=self.max_tokens)
 
 
 # ---- OpenAI: responses
@@ -2183,7 +2195,7 @@ class TextForm(Open):
 class Reasoning(Open):
     """How hard the CLI is to think, where it can."""
     effort: str = param("")
-    summary: Any = param(None, doc="What there is of its thinking is always told.")
+    summary: Optional[str] = param(None, doc="What there is of its thinking is always told.")
     generate_summary: Any = param(None, doc="The same, as it was called before.")
 
 
@@ -2215,7 +2227,7 @@ class ResponsesRequest(Chat):
     previous_response_id: Any = param(None, shape={"enum": [None]}, doc="Nothing is stored: send the whole input.")
     conversation: Any = param(None, shape={"enum": [None]}, doc="Nothing is stored: send the whole input.")
     background: bool = param(False, shape=NEVER, doc="Nothing is stored that could be fetched later.")
-    metadata: Any = param(None, doc=LENIENT)
+    metadata: Dict[str, str] = param(dict, free_text=True, doc="The answer repeats it.")
     user: Any = param(None, doc=LENIENT)
     clinvk: Optional[AgentOptions] = param(None, doc="How it runs.")
     unknown: Tuple[str, ...] = internal(())
@@ -2249,7 +2261,7 @@ class ResponsesRequest(Chat):
         form = self.text.format
         described = {"name": form.name or "answer", "schema": form.schema, "strict": form.strict} if form.schema else {}
         return {"instructions": self.instructions or None, "max_output_tokens": self.max_output_tokens,
-                "metadata": self.metadata or {}, "tool_choice": "none" if self.tool_choice == "none" else "auto",
+                "metadata": self.metadata, "tool_choice": "none" if self.tool_choice == "none" else "auto",
                 "reasoning": {"effort": self.reasoning.effort or None, "summary": self.reasoning.summary},
                 "text": {"format": {"type": form.type, **described}}}
 
@@ -5853,7 +5865,7 @@ def json_in(text: str) -> Tuple[Any, str]:
 
 def finite(number: str) -> float:
     if not math.isfinite(float(number)):
-        raise ValueError(f"{number} is no number of JSON's, or too large")
+        raise ValueError(f"{number[:20]} is no JSON number, or too large for one")
     return float(number)
 
 
@@ -6968,7 +6980,7 @@ class ResponseBase(TypedDict):
     background: Literal[False]
     instructions: Optional[str]
     max_output_tokens: Optional[int]
-    metadata: Any
+    metadata: Dict[str, str]
     parallel_tool_calls: bool
     previous_response_id: None
     reasoning: Dict[str, Any]
@@ -7877,10 +7889,13 @@ def anthropic_usage(usage: Usage) -> AnthropicUsage:
 # ---- Whose API it is
 
 def renderer_of(path: str, *, speaks_anthropic: bool = False) -> Type[Renderer]:
-    """Whose shape an error on this path takes; both APIs have paths that begin with /v1."""
-    if (speaks_anthropic and path.startswith("/v1/")) or re.match("/anthropic(/|$)|/v1/messages(/|$)", path):
+    """Whose shape an error on this path takes. Both APIs have paths that begin with /v1: where the path does not say
+    whose it is, the headers do."""
+    if re.match("/openai(/|$)|/v1/(chat/completions|completions|responses)(/|$)", path):
+        return OpenAI
+    if re.match("/anthropic(/|$)|/v1/messages(/|$)", path) or (speaks_anthropic and path.startswith("/v1/")):
         return Anthropic
-    return OpenAI if re.match("/openai(/|$)|/v1(/|$)", path) else Native
+    return OpenAI if re.match("/v1(/|$)", path) else Native
 
 
 # ==== Guards ======================================================================================
@@ -8414,6 +8429,8 @@ class Server:
         if fault:
             raise Invalid([Problem(prompt_at, fault)])
         ignored = [*backend.ignored(request), *overruled]
+        if "model" not in backend.honours:
+            request = dataclasses.replace(request, model="")
         if request.dry_run:
             hides = bool(request.system_prompt) and not own_system_prompt
             return Started(planned(request, backend, hides_system_prompt=hides), request, ignored)
@@ -8790,7 +8807,8 @@ def checked(server: Server, call: Call, tasks: Sequence[PromptRequest], places: 
     for task, at in zip(tasks, places):
         try:
             started = start_task(server, task, Stop(), at, call.ran)
-            natives.append(Native(Asked(started.request.model), task.backend, started.ignored))
+            ignored = [*started.ignored, *(["output_format"] if task.output_format == "stream-json" else [])]
+            natives.append(Native(Asked(started.request.model), task.backend, ignored))
         except Invalid:  # it names the field
             raise
         except ClinvkError as error:
@@ -8956,11 +8974,11 @@ def collected(told: Tolds, renderer: Renderer, headers: Mapping[str, str], *, fa
 
 
 @contextlib.contextmanager
-def closed_on_error(told: Tolds) -> Iterator[None]:
+def closed_on_error(source: Union[Tolds, Answer]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        told.close()
+        source.close()
         raise
 
 
@@ -9538,16 +9556,23 @@ def request_id_of(sent: str) -> str:
 def answer_or_error(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
     """The endpoint's answer, or the error that kept it from answering."""
     try:
-        return answered(server, router, head, request_id)
+        return with_first_piece(answered(server, router, head, request_id))
     except ClinvkError as error:
         known = error
         known.prompted = known.prompted or any(one.began for one in head.environ[RAN])
-    except RecursionError:
-        known = BadRequest("the body is nested too deep")
     except Exception:
         LOG.error("request %s: a defect of clinvk\n%s", request_id, traceback.format_exc())
         known = Defect(f"clinvk has a defect; its log tells more under the request id {request_id}")
     return error_answer(known, head, request_id)
+
+
+def with_first_piece(answer: Answer) -> Answer:
+    """With the first piece of its body at hand: what fails before anything is sent is an HTTP error."""
+    if not isinstance(answer.body, list):
+        pieces = iter(answer.body)
+        with closed_on_error(answer):
+            answer.body = itertools.chain([*itertools.islice(pieces, 1)], pieces)
+    return answer
 
 
 def error_answer(error: ClinvkError, head: Head, request_id: str) -> Answer:
@@ -9607,7 +9632,7 @@ def matched(router: bottle.Router, head: Head) -> Tuple[Route, str]:
     try:
         entry, parts = router.match({"REQUEST_METHOD": method, "PATH_INFO": path})
     except bottle.HTTPError as error:
-        shown = path if len(path) <= LONGEST_LOGGED else path[:LONGEST_LOGGED] + "..."
+        shown = head.path if len(head.path) <= LONGEST_LOGGED else head.path[:LONGEST_LOGGED] + "..."
         if error.status_code == 405:
             raise not_taken(head, shown, error.headers["Allow"].split(",")) from None
         raise NotFound(f"there is no {shown}{nearest(path, router.builder)}") from None  # its keys are the patterns
@@ -9628,9 +9653,12 @@ def read_json(environ: Json, config: Config) -> Any:
         raise TooLarge(too_large(config.server.max_request_body_bytes))
     raw = environ["wsgi.input"].read()
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=refuse_constant)
+        value = json.loads(raw.decode("utf-8"), parse_constant=finite, parse_float=finite)
         if b"\\ud" in raw or b"\\uD" in raw:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
+        too_deep = raw.count(b"[") + raw.count(b"{") > NESTED and is_deeper(value, NESTED)
+    except RecursionError:
+        too_deep = True
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body must be UTF-8, and is not at byte {error.start}") from None
     except UnicodeEncodeError:
@@ -9638,7 +9666,20 @@ def read_json(environ: Json, config: Config) -> Any:
                          "which is no character; send whole characters") from None
     except ValueError as error:
         raise BadRequest(f"the body must be JSON: {error}") from None
+    if too_deep:
+        raise BadRequest(f"the body is nested too deep: {NESTED} levels of objects and lists are taken")
     return value
+
+
+NESTED = 200  # what walks a value calls itself at each level, and Python's own limit is 1,000
+
+
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether objects and lists stand in one another in more than so many levels."""
+    level = [value]
+    for _ in range(levels):
+        level = [inner for one in level for _, inner in members(one) if isinstance(inner, (dict, list))]
+    return bool(level)
 
 
 def read_query(environ: Json, model: type) -> Json:
@@ -9646,10 +9687,6 @@ def read_query(environ: Json, model: type) -> Json:
     pairs = urllib.parse.parse_qsl(environ.get("QUERY_STRING", ""))
     numbers = {name for name, field in wire_fields(model).items() if field.kind is int}
     return {name: number_of(text) if name in numbers else text for name, text in pairs}
-
-
-def refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def too_large(limit: int) -> str:
@@ -9801,7 +9838,7 @@ class Parser(waitress.parser.HTTPRequestParser):
     def received(self, data: bytes) -> int:
         taken: int = super().received(data)
         limit, body = self.adj.max_request_header_size, self.body_rcv
-        if self.error and self.error.code == 431:
+        if self.error and (self.error.code == 431 or not hasattr(self, "path")):
             self.read_first_line(self.header_plus + data)
         if self.chunked and not self.completed and len(body.control_line) + len(body.trailer) > limit:
             self.completed = True
@@ -10130,12 +10167,23 @@ def main(argv: List[str]) -> int:
     serving.add_argument("--config", metavar="FILE", help="settings (default ~/.clinvk/config.yaml)")
     commands.add_parser("version", help="print the versions of clinvk, Python and what is inside")
     options = parser.parse_args(argv)
-    if options.command == "serve":
-        return serve(options)
-    if options.command == "version" or options.version:
-        return version()
-    parser.print_help()
-    return 0
+    try:
+        if options.command == "serve":
+            return serve(options)
+        tell(version() if options.command == "version" or options.version else parser.format_help().rstrip("\n"))
+        return 0
+    except ConfigError as error:
+        return refused(str(error))
+
+
+def tell(text: str) -> None:
+    """Print it. Raises ConfigError if that can not be done."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more when it ends
+        raise ConfigError(f"stdout can not be written: {error.strerror}. Send it elsewhere, such as to "
+                          f"{os.devnull}") from None
 
 
 INSIDE = ("bottle", "waitress", "PyYAML", "drf-spectacular-sidecar")  # the last: Swagger UI, in the .pyz only
@@ -10148,14 +10196,14 @@ def is_inside(name: str) -> bool:
         return False
 
 
-def version() -> int:
+def version() -> str:
     parts = ", ".join(f"{name} {metadata.version(name)}" for name in INSIDE if is_inside(name))
-    print(f"clinvk {__version__} (Python {platform.python_version()}; {parts})")
-    return 0
+    return f"clinvk {__version__} (Python {platform.python_version()}; {parts})"
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Listen until SIGINT or SIGTERM. 0 after a clean shutdown, 1 with one line on stderr if it can not start."""
+    """Listen until SIGINT or SIGTERM. 0 after a clean shutdown, 1 with one line on stderr if it can not start. Raises
+    ConfigError: why."""
     flags = {f"server.{name}": value for name, value in (("host", options.host), ("port", options.port))
              if value is not None}
     set_up_logging()
@@ -10166,7 +10214,7 @@ def serve(options: argparse.Namespace) -> int:
         server = Server(config)
         own_directory(config, "empty")
         sweep(config)
-    except (ConfigError, StoreUnavailable) as error:
+    except StoreUnavailable as error:
         return refused(str(error))
     except OSError as error:
         place = error.filename or "the home of clinvk"
@@ -10219,10 +10267,9 @@ def addresses_of(listening: Any) -> List[Tuple[str, int]]:
 def announce(config: Config, listening: Any) -> None:
     host, port = addresses_of(listening)[0]
     shown = f"[{host}]" if ":" in host else host
-    print(f"clinvk API server starting on http://{shown}:{port}\n\nAvailable endpoints:")
-    for kind, paths in ways_in().items():
-        print(f"  {kind + ':':<15} {', '.join(paths)}")
-    print("\nPress Ctrl+C to stop", flush=True)
+    endpoints = [f"  {kind + ':':<15} {', '.join(paths)}" for kind, paths in ways_in().items()]
+    tell("\n".join([f"clinvk API server starting on http://{shown}:{port}\n\nAvailable endpoints:", *endpoints,
+                    "\nPress Ctrl+C to stop"]))
     for warning in warnings_of(config, [host for host, _ in addresses_of(listening)]):
         print(f"clinvk: warning: {warning}", file=sys.stderr, flush=True)
 

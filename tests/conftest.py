@@ -122,9 +122,11 @@ NAMES: Dict[int, Tuple[str, Optional[str], str]] = {
 
 def shape(path: str, *, anthropic_version: bool = False) -> str:
     """Whose errors a path has; `anthropic_version`: the request has that header."""
+    if path.startswith(("/openai/", "/v1/chat/completions", "/v1/completions", "/v1/responses")):
+        return "openai"
     if path.startswith(("/anthropic", "/v1/messages")) or (path.startswith("/v1/") and anthropic_version):
         return "anthropic"
-    return "openai" if path.startswith(("/openai/", "/v1/")) else "native"
+    return "openai" if path.startswith("/v1/") else "native"
 
 
 def fault(reply: Reply, kind: str, names: Optional[Tuple[Any, ...]] = None) -> str:

@@ -97,6 +97,20 @@ def test_the_version_names_python_and_what_is_inside(call: Call, argument: str) 
     assert [part for part in (clinvk.__version__, python, *pins) if part not in done.stdout] == []
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
+@pytest.mark.parametrize("arguments", [["serve", "--port", "0"], ["version"], []])
+def test_what_it_prints_and_nobody_takes_is_one_line_of_an_error(pyz: Path, tmp_path: Path,
+                                                                 arguments: List[str]) -> None:
+    read_by_nobody, pipe = os.pipe()
+    os.close(read_by_nobody)
+    with open("/dev/full", "wb") as full, open(pipe, "wb") as broken:
+        for stdout, why in ((full, "No space left on device"), (broken, "Broken pipe")):
+            done = subprocess.run([sys.executable, str(pyz), *arguments], stdout=stdout, stderr=subprocess.PIPE,
+                                  text=True, env={"HOME": str(tmp_path), "PATH": os.defpath}, timeout=60)
+            assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+            assert done.stderr.startswith(f"clinvk: stdout can not be written: {why}.")
+
+
 @pytest.mark.parametrize("arguments", [["sevre"], ["serve", "--prot", "1"], ["serve", "--port", "many"]])
 def test_an_unknown_word_is_refused_with_the_usage(call: Call, arguments: List[str]) -> None:
     done = call(*arguments)
@@ -308,6 +322,10 @@ def test_a_config_that_is_not_utf8_or_not_there_or_a_folder_is_refused(call: Cal
     for name in ("latin.yaml", "missing.yaml", "."):
         assert str(tmp_path / name) in refusal(call("serve", "--config", tmp_path / name))
         assert str(tmp_path / name) in refusal(call("serve", CLINVK_CONFIG=str(tmp_path / name)))
+
+
+def test_a_config_without_a_name_is_refused(call: Call) -> None:
+    assert "--config: names no file" in refusal(call("serve", "--config", ""))
 
 
 @AS_ROOT

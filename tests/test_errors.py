@@ -3,14 +3,16 @@
 import json
 import logging
 import re
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
+import clinvk
 import pytest
 from conftest import Client, fault, request_of, shape
 
 MakeClient = Callable[..., Client]
 
 NATIVE, OPENAI, ANTHROPIC = "/api/v1/prompt", "/openai/v1/chat/completions", "/anthropic/v1/messages"
+RESPONSES = "/openai/v1/responses"
 HI = [{"role": "user", "content": "hi"}]
 BODIES: Dict[str, Any] = {NATIVE: {"backend": "echo", "prompt": "hi"}, OPENAI: {"model": "echo", "messages": HI},
                           ANTHROPIC: {"model": "echo", "messages": HI, "max_tokens": 9}}
@@ -34,11 +36,13 @@ def body(text: str) -> bytes:
 
 @pytest.mark.parametrize("sent, told", [
     (b"", "JSON"), (b"{", "JSON"), (b"{'a': 1}", "JSON"), (b"{} {}", "JSON"), (b"model=echo", "JSON"),
-    (body("NaN"), "NaN"), (body("Infinity"), "Infinity"), (body("-Infinity"), "-Infinity"), (body('"a\nb"'), "JSON"),
+    (body("NaN"), "NaN"), (body("Infinity"), "Infinity"), (body("-Infinity"), "-Infinity"),
+    (body("1e400"), "1e400"), (body("[-1.5e999]"), "-1.5e999"), (body('"a\nb"'), "JSON"),
     (body('"\xe9"').decode().encode("latin-1"), "UTF-8"), (b"\xff\xfe{\0}\0", "UTF-8"), (b"\x80", "at byte 0"),
     (b'{"a": "\xed\xa0\x80"}', "UTF-8"), (body('"\\ud800"'), "surrogate"), (body('"\\uDFFF x"'), "surrogate"),
     (body('{"\\udc00": "x"}'), "surrogate"), (body('"\\ude00\\ud83d"'), "surrogate"),
     (100_000 * b"[", "nested too deep"), (body(100_000 * '{"a":' + "1" + 100_000 * "}"), "nested too deep"),
+    (body(200 * "[" + 200 * "]"), "200 levels"), (body(100 * '[{"a":' + "1" + 100 * "}]"), "200 levels"),
     (body(5000 * "7"), "JSON")])
 @each_api
 def test_what_is_no_proper_json_is_a_400(client: Client, path: str, sent: bytes, told: str) -> None:
@@ -57,13 +61,22 @@ def test_whole_characters_are_no_fault_however_they_are_written(client: Client, 
 @pytest.mark.parametrize("path, wrap", [
     (ANTHROPIC, lambda deep: {"messages": [{"role": "user", "content": [{"type": "tool_use", "input": deep}]}]}),
     (ANTHROPIC + "/count_tokens", lambda deep: {"tools": [deep]}),
+    (OPENAI, lambda deep: {"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": deep}}}}),
+    (OPENAI, lambda deep: {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": deep}}}}),
+    (RESPONSES, lambda deep: {"text": {"format": {"type": "json_schema", "schema": {"const": deep}}}}),
+    (RESPONSES, lambda deep: {"stream": True, "text": {"format": {"type": "json_schema", "schema": {"const": deep}}}}),
+    (RESPONSES, lambda deep: {"stream": True, "metadata": deep}),
     (OPENAI, lambda deep: {"clinvk": {"metadata": deep}}), (NATIVE, lambda deep: {"metadata": deep})])
 def test_no_depth_is_a_defect_of_ours(client: Client, path: str, wrap: Callable[[Any], Any]) -> None:
-    base = BODIES.get(path, BODIES[ANTHROPIC])
+    base = BODIES.get(path) or {**BODIES[ANTHROPIC], "input": "hi"}
     mark = json.dumps({**base, **wrap("DEEP")})
-    for depth in [*range(5, 800, 50), *range(800, 1000, 2)]:
-        sent = mark.replace('"DEEP"', '{"a":' * depth + "1" + "}" * depth).encode()
-        assert client.call("POST", path, sent).status in (200, 400, 422)
+    before = mark.partition("DEEP")[0]
+    around = sum(before.count(opened) for opened in "[{") - sum(before.count(closed) for closed in "]}")
+    for depth in [5, 100, *range(190, 203), 900]:
+        sent = mark.replace('"DEEP"', '{"not":' * depth + "{}" + "}" * depth).encode()
+        reply = client.call("POST", path, sent)
+        assert reply.status in (200, 400, 422) and b"clinvk has a defect" not in reply.body
+        assert (b"nested too deep: 200 levels" in reply.body) == (around + depth + 1 > 200)
 
 
 # ---- Fields
@@ -225,6 +238,17 @@ def test_a_defect_of_ours_is_a_500_whose_traceback_only_the_log_has(
     assert "Traceback" in caplog.text and "r-1" in caplog.text
 
 
+@compat
+def test_a_defect_before_anything_is_sent_is_a_500_of_a_stream_too(client: Client, path: str,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    def defective(renderer: Any, told: Any) -> Iterator[bytes]:
+        yield from {}["missing"]
+    for renderer in (clinvk.ChatCompletions, clinvk.Anthropic):
+        monkeypatch.setattr(renderer, "stream", defective)
+    reply = client.call("POST", path, {**BODIES[path], "stream": True}, X_Request_Id="r-1")
+    assert reply.status == 500 and "r-1" in fault(reply, shape(path))
+
+
 # ---- Paths and methods
 
 @pytest.mark.parametrize("path", ["/nothing", "/api/v1/nothing", "/api/v2/prompt", "/openai/v1/nothing", "/v1/nothing",
@@ -354,7 +378,7 @@ MALFORMED: List[Tuple[bytes, str]] = [
     (b"GARBAGE\r\n\r\n", "native"), (b"GET\r\n\r\n", "native"), (b"\x16\x03\x01\x02\x00\r\n\r\n", "native"),
     (request_of("GET /health HTTP/1.1", "No colon"), "native"), (request_of("GET /health HTTP/1.1", "A : b"), "native"),
     *((request_of(f"POST {path} HTTP/1.1", bad), shape(path)) for path in BODIES
-      for bad in ("Content-Length: many", "Content-Length: -1", "Content-Length: 1, 2")),
+      for bad in ("Content-Length: many", "Content-Length: -1", "Content-Length: 1, 2", "No colon", "A : b")),
     *((request_of(f"POST {path} HTTP/1.1", "Transfer-Encoding: chunked", body="zz\r\n"), shape(path))
       for path in BODIES)]
 

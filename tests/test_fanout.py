@@ -197,6 +197,12 @@ def test_a_step_may_run_where_the_one_before_did(fake_cli: Callable[..., str], m
         assert same == [True, passes]
 
 
+def test_a_task_that_is_to_stream_alone_is_answered_and_told_that_it_does_not(client: Client) -> None:
+    tasks = [task("a", output_format="stream-json"), task("b", output_format="json")]
+    results = client.call("POST", "/api/v1/parallel", {"tasks": tasks}).json["results"]
+    assert [(one["output"], one.get("ignored")) for one in results] == [("a", ["output_format"]), ("b", None)]
+
+
 def test_steps_have_no_output_format(client: Client) -> None:
     reply = client.call("POST", "/api/v1/chain", {"steps": [task("a", output_format="json")]})
     assert (reply.status, reply.json["errors"][0]["location"]) == (422, "body.steps[0].output_format")

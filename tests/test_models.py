@@ -15,7 +15,7 @@ CONFIG: Dict[str, Any] = {
                  "codex": {"command": "sh"}, "gemini": {"command": "sh", "model": "flash"},
                  "local": {"command": ["sh", "-c", "cat >/dev/null; echo local"]}, "absent": {"command": "no-such-cli"},
                  "off": {"command": "cat", "enabled": False}},
-    "server": {"model_aliases": {"mine": "echo/alias", "house": "local", "claude/pet": "echo"}}}
+    "server": {"model_aliases": {"mine": "echo/alias", "house": "local", "pet": "claude/fast", "claude/pet": "echo"}}}
 NAMES = ["claude", "claude/fast", "claude/best", "claude/opus", "codex", "gemini", "gemini/flash", "local", "echo"]
 
 
@@ -64,7 +64,9 @@ def test_what_no_backend_goes_by_is_an_error_that_says_what_there_is(client: Cli
 
 
 MEANT = [("local", "local", None), ("default", "local", None), ("house", "local", None), ("echo", "echo", None),
-         ("echo/any/thing", "echo", "any/thing"), ("mine", "echo", "alias"), ("claude/pet", "echo", None)]
+         ("claude/any/thing", "claude", "any/thing"), ("codex", "codex", None), ("claude", "claude", "opus"),
+         ("gemini-3", "gemini", "gemini-3"), ("pet", "claude", "haiku"), ("mine", "echo", None),
+         ("echo/any/thing", "echo", None), ("claude/pet", "echo", None)]
 
 
 @pytest.mark.parametrize("path", [OPENAI, ANTHROPIC, RESPONSES])
@@ -72,16 +74,27 @@ MEANT = [("local", "local", None), ("default", "local", None), ("house", "local"
 def test_an_answer_says_in_headers_who_gave_it_and_repeats_the_name_asked_for(
         client: Client, path: str, stream: bool) -> None:
     for model, backend, named in MEANT:
-        reply = client.call("POST", path, {**asked(path, model), "stream": stream})
+        dry = {"clinvk": {"dry_run": backend not in ("local", "echo")}}
+        reply = client.call("POST", path, {**asked(path, model), "stream": stream, **dry})
         assert (reply.status, reply.headers["x-clinvk-backend"]) == (200, backend)
-        assert reply.headers.get("x-clinvk-model") == named
+        assert reply.headers.get("x-clinvk-model") == named  # what its CLI is told; echo, say, takes no model
+        ignored = model in ("mine", "echo/any/thing")
+        assert ("model" in reply.headers.get("x-clinvk-ignored", "").split(", ")) == ignored
         first = reply.json if not stream else reply.data[0]
         assert {**first, **first.get("message", {}), **first.get("response", {})}["model"] == model
 
 
 def test_a_header_holds_no_line_of_a_name(client: Client) -> None:
-    reply = client.call("POST", OPENAI, asked(OPENAI, "echo/a\r\nSet-Cookie: é\x85\u2028"))
+    reply = client.call("POST", OPENAI, {**asked(OPENAI, "claude/a\r\nSet-Cookie: é\x85\u2028"),
+                                         "clinvk": {"dry_run": True}})
     assert reply.headers["x-clinvk-model"] == "a??Set-Cookie: ???"
+
+
+def test_a_model_that_a_backend_can_not_be_told_is_ignored_and_not_said_to_have_answered(client: Client) -> None:
+    asked = {"backend": "local", "prompt": "hi", "model": "any"}
+    told = client.call("POST", "/api/v1/prompt", asked).json
+    session = client.call("GET", f"/api/v1/sessions/{told['session_id']}").json
+    assert (told.get("model"), told["ignored"], session["model"]) == (None, ["model"], "")
 
 
 # ---- Codex

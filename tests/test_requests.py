@@ -434,6 +434,16 @@ def test_the_clinvk_field_has_the_fields_of_a_prompt_but_four(
     assert [p.location for p in caught.value.problems] == [place]
 
 
+@pytest.mark.parametrize("messages, own, both", [
+    ("a pirate", "Be brief.", "a pirate\nBe brief."), ("a pirate", "", "a pirate"), ("", "Be brief.", "Be brief."),
+    ("a pirate", None, "a pirate"), ("", None, None), ("", "", "")])
+def test_the_system_prompts_of_the_messages_and_of_the_clinvk_field_are_joined(
+        config: clinvk.Config, messages: str, own: Optional[str], both: Optional[str]) -> None:
+    system = [says("system", messages)] if messages else []
+    assert chat(config, *system, USER, clinvk={"system_prompt": own}).system_prompt == both
+    assert anthropic(config, USER, system=messages, clinvk={"system_prompt": own}).system_prompt == both
+
+
 @pytest.mark.parametrize("own", [None, {}, {"model": None}, {"workdir": None}])
 def test_a_null_in_the_clinvk_field_means_absent(config: clinvk.Config, own: Any) -> None:
     assert chat(config, USER, clinvk=own) == chat(config, USER)
