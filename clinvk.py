@@ -2,6 +2,30 @@
 
 The file stands in the order a request travels: what is below uses what is above, never the reverse.
 SPEC n is a section of the contract, BACKENDS and PROTOCOLS are facts measured on the real CLIs.
+
+Errors        what a client can be told, one class each
+Fields        how models are declared and checked: requests, the config
+Config        the file, the environment and the flags, as one Config
+JSON Schema   whether one can be checked against, and what is wrong with a value
+Requests      each API's requests as models; all of them become a PromptRequest
+Events        the steps of a run, and a run's Result
+Files         clinvk's own directories
+Backends      claude, codex, gemini, and any other CLI: how each is called and read
+Processes     slots to run in; CLIs as processes, ended with all their descendants
+Spares        CLIs that wait for a request, started ahead or after an answer
+Runs          one prompt and its answer, from the slot to the last event
+Sessions      runs that are stored, and can be gone on with
+Fan-out       several runs as one
+Answers       the shapes of what clients are answered
+Renderers     events as each API's answers, streams and errors
+Guards        who may come in; where a run may start
+Metrics       what has happened, for Prometheus
+Server        what lives as long as the server, and how it starts a run
+Routes        one function per endpoint
+OpenAPI       /openapi.json, made of the models and the shapes; /docs
+HTTP          the way of every request, as WSGI
+Connections   waitress, and what that does not do by itself
+Command line  serve, version
 """
 from __future__ import annotations
 
@@ -67,8 +91,9 @@ import yaml
 try:
     import fcntl
     import resource
+    import termios
 except ImportError:  # Windows
-    fcntl = resource = None  # type: ignore[assignment]
+    fcntl = resource = termios = None  # type: ignore[assignment]
 
 __version__ = "0.1.0"
 
@@ -82,7 +107,7 @@ SILENCE = 10.0  # seconds without output after which a client is told that the r
 # In: a fact, where it is known. Out: an exception that each API's renderer can show (SPEC 5).
 
 class Problem(NamedTuple):
-    """One fault of a request or a config file. `location` is a path such as `messages[0].content`."""
+    """One thing that is wrong with a request or a config file. `location` is a path such as `messages[0].content`."""
     location: str
     message: str
     value: Any = None
@@ -95,9 +120,13 @@ class ClinvkError(Exception):
     openai: Tuple[str, Optional[str]] = ("api_error", None)  # type, code
     anthropic: str = "api_error"
     prompted = False  # whether a CLI had already been given the prompt: then SDKs must not repeat the request
-    retry_after: Optional[float] = None  # seconds
     problems: Sequence[Problem] = ()
     details = ""  # what the CLI wrote about it
+
+    def __init__(self, message: str, *, retry_after: Optional[float] = None) -> None:
+        """`retry_after`: seconds."""
+        super().__init__(message)
+        self.retry_after = retry_after
 
     @property
     def whole(self) -> str:
@@ -243,22 +272,29 @@ class ConfigError(Exception):
 Model = TypeVar("Model")
 
 
-def param(default: Any = dataclasses.MISSING, *, doc: str = "", minimum: Optional[float] = None,
-          maximum: Optional[float] = None, above: Optional[float] = None, choices: Sequence[Any] = (),
-          longest: Optional[int] = None, not_empty: bool = False, not_blank: bool = False, free_text: bool = False,
-          flag_value: bool = False, directory: bool = False, names_backend: bool = False,
-          shape: Optional[Json] = None) -> Any:
-    """A field that may come over the wire. `default` is a value, or list, dict or a dataclass to make one of.
+class FieldRules(NamedTuple):
+    """What a field must be, besides of its type. The rules for a text or a number are those of a list's items, too."""
+    doc: str = ""  # for /openapi.json
+    minimum: Optional[float] = None
+    maximum: Optional[float] = None
+    above: Optional[float] = None  # what the number must be more than
+    choices: Sequence[Any] = ()
+    longest: Optional[int] = None  # how many items a list may have
+    not_empty: bool = False  # a text or a list
+    not_blank: bool = False
+    free_text: bool = False  # it never reaches a command line or a file name: NUL is allowed in it
+    flag_value: bool = False  # it follows a flag there: it must not be taken for another one
+    directory: bool = False  # an absolute path
+    names_backend: bool = False  # for /openapi.json: whether there is one of that name is checked elsewhere
 
-    `free_text` is for what never reaches a command line or a file name: NUL is allowed in it. `flag_value` is for what
-    follows a flag there: it must not be taken for another one. A `directory` is an absolute path. `shape` is JSON
-    Schema for what other code checks."""
-    rules = {"doc": doc, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices, "longest": longest,
-             "not_empty": not_empty, "not_blank": not_blank, "free_text": free_text, "flag_value": flag_value,
-             "directory": directory, "names_backend": names_backend, "shape": shape or {}, "wire": True}
+
+def param(default: Any = dataclasses.MISSING, **rules: Any) -> Any:
+    """A field that may come over the wire; `rules` are FieldRules. `default` is a value, or list, dict or a dataclass
+    to make one of."""
+    metadata = {"rules": FieldRules(**rules)}
     if isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata=rules)
-    return dataclasses.field(default=default, metadata=rules)
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def internal(default: Any) -> Any:
@@ -269,15 +305,16 @@ def internal(default: Any) -> Any:
 
 
 class Open:
-    """A model of somebody else's API: fields we do not know are no fault; their names are kept in `unknown`."""
+    """A model of somebody else's API: fields we do not know are allowed; their names are kept in `unknown`."""
 
-    def faults(self) -> Iterable[Tuple[str, str]]:
-        """What is wrong with it besides the types of its fields: in which field, and what."""
+    def problems(self) -> Iterable[Problem]:
+        """What is wrong with it that its fields' rules do not say; CHECKED_IN_CODE tells that in /openapi.json. A
+        `location` begins with the name of a field."""
         return ()
 
 
 class Kept(Open):
-    """One whose `whole` is all that has come, the fields we do not know included."""
+    """A model of which all is kept, the fields we do not know included: `whole` is the JSON object as it came."""
     whole: Json
 
 
@@ -294,7 +331,7 @@ def check(model: Type[Model], value: Any, where: str = "") -> Model:
 
 class WireField(NamedTuple):
     kind: Any  # its type
-    rules: Mapping[str, Any]  # what `param` was told
+    rules: FieldRules
     required: bool
     default: Any
 
@@ -304,8 +341,8 @@ def wire_fields(model: Any) -> Dict[str, WireField]:
     """The fields of a model that may come over the wire."""
     hints = get_type_hints(model)
     missing = dataclasses.MISSING
-    return {f.name: WireField(hints[f.name], f.metadata, f.default is f.default_factory is missing, f.default)
-            for f in dataclasses.fields(model) if f.metadata.get("wire")}
+    return {f.name: WireField(hints[f.name], f.metadata["rules"], f.default is f.default_factory is missing, f.default)
+            for f in dataclasses.fields(model) if "rules" in f.metadata}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -314,8 +351,13 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
+def place_of(name: str, at: str) -> str:
+    """Of a field of the object that stands at `at`; "" is the whole."""
+    return f"{at}.{name}" if at else name
+
+
 class Checker:
-    """Collects what is wrong with a value instead of stopping at the first fault."""
+    """Collects what is wrong with a value instead of stopping at the first problem."""
 
     def __init__(self) -> None:
         self.problems: List[Problem] = []
@@ -334,7 +376,7 @@ class Checker:
                 self.stranger(model, str(name), at, fields, value[name])
         built = {}
         for name, field in fields.items():
-            place = f"{at}.{name}" if at else name
+            place = place_of(name, at)
             if value.get(name) is not None:
                 built[name] = self.value(field.kind, value[name], place, field.rules)
             elif field.required:
@@ -344,13 +386,13 @@ class Checker:
         return self.checked(model(**built), at) if len(self.problems) == before else None
 
     def checked(self, built: Any, at: str) -> Any:
-        for name, message in built.faults() if isinstance(built, Open) else ():
-            self.wrong(f"{at}.{name}" if at else name, message)
+        for problem in built.problems() if isinstance(built, Open) else ():
+            self.wrong(place_of(problem.location, at), problem.message)
         return built
 
     def stranger(self, model: Any, name: str, at: str, known: Iterable[str], value: Any) -> None:
         """A field that `model` does not have, or not over the wire though its base has."""
-        place = f"{at}.{name}" if at else name
+        place = place_of(name, at)
         if issubclass(model, Open):
             if value is not None and not issubclass(model, Kept):
                 self.unknown.append(re.sub(r"\[\d+\]", "", place))
@@ -360,7 +402,7 @@ class Checker:
         else:
             self.wrong(place, "is not known" + nearest(name, known))
 
-    def value(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+    def value(self, kind: Any, value: Any, at: str, rules: FieldRules) -> Any:
         origin, inner = get_origin(kind), get_args(kind)
         if origin is Union:
             return self.union([k for k in inner if k is not type(None)], value, at, rules)
@@ -372,34 +414,34 @@ class Checker:
             return self.model(kind, value, at)
         return value if kind is Any else self.scalar(kind, value, at, rules)
 
-    def union(self, kinds: List[Any], value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+    def union(self, kinds: List[Any], value: Any, at: str, rules: FieldRules) -> Any:
         """The kind whose JSON type is the value's; of several objects, the one whose `type` is."""
         fitting = [kind for kind in kinds if len(kinds) == 1 or json_type(kind) == json_type(type(value))]
         if not fitting:
             names = dict.fromkeys(ARTICLES[json_type(kind)] for kind in kinds)
             return self.wrong(at, "must be " + " or ".join(names), value)
         if len(fitting) > 1:
-            by_type = {name: kind for kind in fitting for name in wire_fields(kind)["type"].rules["choices"]}
+            by_type = {name: kind for kind in fitting for name in wire_fields(kind)["type"].rules.choices}
             default = next((fields["type"].default for fields in map(wire_fields, fitting)
                             if not fields["type"].required), None)
             name = value.get("type") or default
             if name not in [*by_type]:
-                fault = "is required" if name is None else f"{json.dumps(name)} is not supported"
-                return self.wrong(f"{at}.type", f"{fault}; send one of {', '.join(by_type)}", name)
+                problem = "is required" if name is None else f"{json.dumps(name)} is not supported"
+                return self.wrong(f"{at}.type", f"{problem}; send one of {', '.join(by_type)}", name)
             fitting = [by_type[name]]
         return self.value(fitting[0], value, at, rules)
 
-    def items(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+    def items(self, kind: Any, value: Any, at: str, rules: FieldRules) -> Any:
         if not isinstance(value, list):
             return self.wrong(at, "must be a list", value)
-        if rules.get("not_empty") and not value:
+        if rules.not_empty and not value:
             self.wrong(at, "must not be empty")
-        if rules.get("longest") and len(value) > rules["longest"]:
-            self.wrong(at, f"must have at most {rules['longest']} items")
-        inner = {**rules, "not_empty": False, "longest": None}
+        if rules.longest and len(value) > rules.longest:
+            self.wrong(at, f"must have at most {rules.longest} items")
+        inner = rules._replace(not_empty=False, longest=None)
         return [self.value(kind, item, f"{at}[{index}]", inner) for index, item in enumerate(value)]
 
-    def mapping(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+    def mapping(self, kind: Any, value: Any, at: str, rules: FieldRules) -> Any:
         if not isinstance(value, dict):
             return self.wrong(at, "must be an object", value)
         for name in value:
@@ -409,18 +451,18 @@ class Checker:
             value = {name: {} if item is None else item for name, item in value.items()}
         return {name: self.value(kind, item, f"{at}.{name}", rules) for name, item in value.items()}
 
-    def scalar(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+    def scalar(self, kind: Any, value: Any, at: str, rules: FieldRules) -> Any:
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value) if abs(value) < 2**1023 else math.inf
         if type(value) is not kind:
             return self.wrong(at, f"must be {ARTICLES[json_type(kind)]}", value)
-        fault = text_fault(value, rules) if kind is str else number_fault(value, rules)
-        if rules["choices"] and value not in rules["choices"]:
-            fault = "must be one of " + ", ".join(map(str, rules["choices"]))
-        if fault:
-            self.wrong(at, fault, value)
+        problem = text_problem(value, rules) if kind is str else number_problem(value, rules)
+        if rules.choices and value not in rules.choices:
+            problem = "must be one of " + ", ".join(map(str, rules.choices))
+        if problem:
+            self.wrong(at, problem, value)
         return value
 
 
@@ -434,29 +476,29 @@ def json_type(kind: Any) -> str:
     return "dict" if dataclasses.is_dataclass(plain) else str(plain.__name__)
 
 
-def text_fault(value: str, rules: Mapping[str, Any]) -> str:
-    if rules["not_empty"] and not value:
+def text_problem(value: str, rules: FieldRules) -> str:
+    if rules.not_empty and not value:
         return "must not be empty"
-    if rules["not_blank"] and not value.strip():
+    if rules.not_blank and not value.strip():
         return "must have more than blanks"
-    if rules["flag_value"] and value.startswith("-"):
+    if rules.flag_value and value.startswith("-"):
         return "must not begin with a dash"
-    if rules["directory"] and not os.path.isabs(value):
+    if rules.directory and not os.path.isabs(value):
         return "must be an absolute path"
-    if "\0" in value and not rules["free_text"]:
+    if "\0" in value and not rules.free_text:
         return "must not contain a NUL character"
     return ""
 
 
-def number_fault(value: Any, rules: Mapping[str, Any]) -> str:
+def number_problem(value: Any, rules: FieldRules) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
-    if rules["minimum"] is not None and value < rules["minimum"]:
-        return f"must be at least {rules['minimum']:g}"
-    if rules["above"] is not None and not value > rules["above"]:
-        return f"must be more than {rules['above']:g}"
-    if rules["maximum"] is not None and value > rules["maximum"]:
-        return f"must be at most {rules['maximum']:g}"
+    if rules.minimum is not None and value < rules.minimum:
+        return f"must be at least {rules.minimum:g}"
+    if rules.above is not None and not value > rules.above:
+        return f"must be more than {rules.above:g}"
+    if rules.maximum is not None and value > rules.maximum:
+        return f"must be at most {rules.maximum:g}"
     return ""
 
 
@@ -595,7 +637,7 @@ VARIABLES = {
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML as written: a key that stands twice is a fault, not an overwrite."""
+    """YAML as written: a key that stands twice is an error, not an overwrite."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
         seen: Set[Any] = set()
@@ -666,7 +708,7 @@ def words_of(text: str) -> Tuple[str, ...]:
 
 
 def working_directory() -> str:
-    """"" if it has been removed."""
+    """The server's own; "" if it has been removed."""
     try:
         return os.getcwd()
     except FileNotFoundError:
@@ -703,9 +745,10 @@ def number_of(text: str) -> Union[int, str]:
 
 
 def explain(problem: Problem, source: str) -> str:
-    location = problem.location if source.endswith((".yaml", ".yml")) or not source.startswith(("CLINVK", "--")) else ""
+    """`source`: an environment variable or a flag, which says where; or a file, in which the place is to be named."""
+    location = "" if source in VARIABLES or source.startswith("--") else f"{problem.location} "
     shown = "" if problem.value is None else f" (it is {problem.value!r})"
-    return f"{source}: {location} {problem.message}{shown}".replace(":  ", ": ")
+    return f"{source}: {location}{problem.message}{shown}"
 
 
 def refuse_contradictions(config: Config, source: Callable[[str], str]) -> None:
@@ -752,10 +795,6 @@ def refuse_origins(server: ServerConfig, source: Callable[[str], str]) -> None:
                               'true together with the origin "*": name the origins')
 
 
-def value_at(config: Any, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), config)
-
-
 # ==== JSON Schema =================================================================================
 # In: a JSON Schema, and a value. Out: what is wrong with the one or the other.
 
@@ -764,7 +803,7 @@ FAULTS_TOLD = 10  # of one answer: enough for a model to mend it
 
 
 class Fault(NamedTuple):
-    """What is wrong with a part of a value."""
+    """What is wrong with a part of a value; or of a schema, as a value that is to be one."""
     at: Place
     message: str
 
@@ -779,7 +818,7 @@ def schema_faults(schema: Any) -> List[str]:
     return [str(fault) for fault in JsonSchema(schema).faults()][:FAULTS_TOLD]
 
 
-def faults(value: Any, schema: Any) -> List[str]:
+def value_faults(value: Any, schema: Any) -> List[str]:
     """What is wrong with a value. The schema must be one without faults."""
     judge = Judge(JsonSchema(schema))
     try:
@@ -826,8 +865,8 @@ def is_quick(pattern: str, text: str) -> bool:
 
 
 class Searches:
-    """Where the patterns of a schema are looked for: in a process of their own. Python's `re` may take for ever, and no
-    other thread runs meanwhile. It is no CLI: it starts nothing, and what the server can not end the system does."""
+    """Looks for the patterns of a schema in a process of its own, which can be ended: Python's `re` may take for ever,
+    and no other thread runs meanwhile. It is no CLI, and starts nothing; a limit of CPU time ends it in any case."""
     SECS = 5.0  # for all of them
     PROGRAM = """
 import json, re, sys
@@ -1289,7 +1328,6 @@ def with_words(schema: Any, words: Container[str]) -> Any:
 # ==== Requests ====================================================================================
 # In: a client's JSON object. Out: a PromptRequest, the one thing that every backend understands.
 
-NEVER = {"enum": [False]}
 DRY = "Nothing runs; each answer is the command line that would."
 STREAM = "Answer NDJSON: every run's events as they happen, and the whole answer as the last line."
 
@@ -1354,12 +1392,12 @@ def utf8(text: str) -> bytes:
     return text.encode(errors="replace")
 
 
+# ---- /api/v1: one prompt, or several
+
 @dataclass(frozen=True)
 class PromptRequest:
     """One prompt for one backend. What is left out is taken from the config."""
     # None is "not said": `settled` puts the config's value there.
-    SHAPE: ClassVar[Json] = {"not": {"required": ["session_id", "ephemeral"], "properties": {
-        "session_id": {"type": "string"}, "ephemeral": {"enum": [True]}}}}
     backend: str = param(not_empty=True, names_backend=True, doc="A configured backend's name.")
     prompt: str = param(not_blank=True, free_text=True, doc="What the CLI is asked.")
     model: Optional[str] = param(None, flag_value=True, doc="Passed to the CLI; `fast`, `balanced` and `best` are "
@@ -1415,7 +1453,6 @@ class PromptRequest:
 @dataclass(frozen=True)
 class Task(PromptRequest):
     """One of several runs."""
-    SHAPE: ClassVar[Json] = {}
     session_id: Optional[str] = internal(None)
 
 
@@ -1444,8 +1481,8 @@ class ChainRequest:
     steps: List[ChainStep] = param(not_empty=True, longest=100, doc="In the order in which they run.")
     stop_on_failure: bool = param(False, doc="After a failure start no further step.")
     pass_working_dir: bool = param(False, doc="A step without a workdir runs in that of the step before.")
-    pass_session_id: bool = param(False, shape=NEVER, doc="A chain keeps no session.")
-    persist_sessions: bool = param(False, shape=NEVER, doc="A chain keeps no session.")
+    pass_session_id: bool = param(False, doc="A chain keeps no session.")
+    persist_sessions: bool = param(False, doc="A chain keeps no session.")
     dry_run: bool = param(False, doc=DRY)
     stream: bool = param(False, doc=STREAM)
 
@@ -1473,6 +1510,8 @@ class AgentOptions(PromptRequest):
     ephemeral: bool = param(False, doc="Without a session_id nothing is stored anyway.")
     output_format: str = internal("default")
 
+
+# ---- With nothing left open
 
 @dataclass(frozen=True)
 class Settled(PromptRequest):
@@ -1505,8 +1544,8 @@ def settled(request: PromptRequest, config: Config, workdir: str) -> Settled:
     """Fill in from config what the request leaves open; `workdir` is the directory, already checked."""
     backend, flags = config.backends[request.backend], config.unified_flags
 
-    def first(*values: Any) -> Any:
-        return next((value for value in values if value is not None), None)
+    def first(asked: Any, configured: Any) -> Any:
+        return configured if asked is None else asked
     given = {f.name: getattr(request, f.name) for f in dataclasses.fields(PromptRequest)}
     given.update(
         model=named_model(request.model or backend.model, request.backend, config), workdir=workdir,
@@ -1531,6 +1570,8 @@ def named_model(model: str, backend: str, config: Config) -> str:
         raise UnknownModel(f"model: there is no such alias; set backends.{backend}.models.{model}")
     return str(meant)
 
+
+# ---- Which backend a model's name means
 
 # Words in a model's name -> the backend whose CLI knows it.
 MODEL_WORDS = (("claude|opus|sonnet|haiku", "claude"), (r"gpt|codex|(?<![a-z])o\d", "codex"), ("gemini", "gemini"))
@@ -1654,17 +1695,12 @@ def attributes_text(attributes: Iterable[Tuple[str, str]]) -> str:
 # ---- What the requests of all three APIs are made of
 
 LENIENT = "Accepted and without effect."
-NOT_BLANK = r"[^\s\x1c-\x1f\x85]"  # what str.strip() leaves, also where \s is ECMAScript's
-BLANK_NOT: Json = {"type": "string", "pattern": NOT_BLANK}  # JSON Schema of what other code checks
 BASE64 = (string.ascii_letters + string.digits + "+/").encode()
 # How an image begins in base64: PNG, JPEG, GIF, WebP (which is a RIFF, as sounds are).
 IMAGE_BEGINS = re.compile(r"(?:(iVBORw0KGgo)[A-Za-z0-9+/]|(/9j/)|(R0lGOD)[A-Za-z0-9+/]{2}|"
                           r"(UklGR)[A-Za-z0-9+/]{6}XRUJQ)")
-IMAGE_DATA = IMAGE_BEGINS.pattern + "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
-IMAGE_SHAPE: Json = {"pattern": f"^{IMAGE_DATA}$"}  # as a regular expression of Python's it takes 400 MB for 9 MB
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # in the order of IMAGE_BEGINS
 IMAGE_URL = re.compile(r"data:image/[a-z.+-]+;base64,")
-DATA_URL: Json = {"pattern": f"^{IMAGE_URL.pattern}{IMAGE_DATA}$"}
 FETCHES_NOTHING = "clinvk fetches nothing: send the image itself, in base64"
 
 
@@ -1680,17 +1716,17 @@ def is_base64(text: str) -> bool:
     return len(text) % 4 == 0 and rest in (b"", b"=", b"==") and text.endswith(rest.decode())
 
 
-def data_faults(field: str, data: str) -> Iterator[Tuple[str, str]]:
+def image_problems(field: str, data: str) -> Iterator[Problem]:
     if not image_of(data):
-        yield field, "must be a PNG, JPEG, GIF or WebP image in base64, without line ends"
+        yield Problem(field, "must be a PNG, JPEG, GIF or WebP image in base64, without line ends")
 
 
-def url_faults(field: str, url: str) -> Iterator[Tuple[str, str]]:
+def image_url_problems(field: str, url: str) -> Iterator[Problem]:
     found = IMAGE_URL.match(url)
     if found:
-        yield from data_faults(field, url[found.end():])
+        yield from image_problems(field, url[found.end():])
     else:
-        yield field, f"must begin with data:image/png;base64, or the like; {FETCHES_NOTHING}"
+        yield Problem(field, f"must begin with data:image/png;base64, or the like; {FETCHES_NOTHING}")
 
 
 def image_piece(url: str) -> Piece:
@@ -1755,12 +1791,6 @@ def texts_of(stop: Union[None, str, List[str]]) -> List[str]:
 FORMS = ("text", "json_object", "json_schema")  # of answers
 
 
-def form_shape(field: str) -> Json:
-    """An object that has this field, if its form is json_schema."""
-    return {"anyOf": [{"properties": {"type": {"enum": ["text", "json_object", None]}}},
-                      {"required": [field], "properties": {field: {"type": "object"}}}]}
-
-
 def wanted_schema(form: str, schema: Optional[Json]) -> Optional[Json]:
     """That of an answer of one of FORMS; None if it may be any text."""
     return {"text": None, "json_object": {"type": "object"}, "json_schema": schema}[form]
@@ -1769,17 +1799,16 @@ def wanted_schema(form: str, schema: Optional[Json]) -> Optional[Json]:
 @dataclass(frozen=True)
 class Format(Open):
     """What form the answer has: any text, a JSON object, or JSON that a JSON Schema describes."""
-    SHAPE: ClassVar[Json] = form_shape("schema")
     type: str = param("text", choices=FORMS)
     schema: Optional[Dict[str, Any]] = param(None, doc="JSON Schema, for json_schema.")
     name: str = param("", free_text=True, doc=LENIENT)
     description: Any = param(None, doc=LENIENT)
     strict: Optional[bool] = param(None, doc="The answer fits the schema in any case.")
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         if self.type == "json_schema" and self.schema is None:
-            yield "schema", "is required"
-        yield from (("schema", fault) for fault in schema_faults(self.schema or {}))
+            yield Problem("schema", "is required")
+        yield from (Problem("schema", fault) for fault in schema_faults(self.schema or {}))
 
     @property
     def wanted(self) -> Optional[Json]:
@@ -1832,19 +1861,18 @@ class Compat(Open):
                                    ephemeral=options.ephemeral or options.session_id is None, **fields)
 
 
-NOT_FORCED: Json = {"enum": ["auto", "none", None]}
-NO_TOOLS: Json = {"properties": {"tools": {"maxItems": 0}}}
 NOT_OFFERED = "Not offered to the CLI in this version."
 
 
 class Chat(Compat):
     """A conversation to go on with. Each API has one kind, and OpenAI's has two."""
     tools: List[Any]
+    tool_choice: Any
 
     @property
     def choice(self) -> Any:
         """What is to become of the client's tools, in OpenAI's words."""
-        raise NotImplementedError
+        return self.tool_choice
 
     def turns(self) -> List[Turn]:
         """All that has been said, with the system prompt."""
@@ -1865,12 +1893,6 @@ class Chat(Compat):
         return [*(["tools"] if self.tools and self.choice != "none" else []), *self.unknown]
 
 
-def with_any(*shapes: Json) -> Json:
-    """A list of which one item has one of `shapes`: fields that it must have."""
-    kinds = [{"type": "object", "required": list(shape), "properties": shape} for shape in shapes]
-    return {"contains": {"anyOf": kinds}}
-
-
 # ---- OpenAI: chat completions
 
 @dataclass(frozen=True)
@@ -1886,11 +1908,11 @@ class RefusalPart(Part):
 @dataclass(frozen=True)
 class ImageURL(Open):
     """An image, in the URL itself."""
-    url: str = param(shape=DATA_URL, doc="data:image/png;base64, and so on.")
+    url: str = param(doc="data:image/png;base64, and so on.")
     detail: Any = param(None, doc=LENIENT)
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
-        return url_faults("url", self.url)
+    def problems(self) -> Iterator[Problem]:
+        return image_url_problems("url", self.url)
 
 
 @dataclass(frozen=True)
@@ -1961,32 +1983,25 @@ class NamedSchema(Open):
     description: Any = param(None, doc=LENIENT)
     strict: Any = param(None, doc="The answer fits the schema in any case.")
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
-        return (("schema", fault) for fault in schema_faults(self.schema))
+    def problems(self) -> Iterator[Problem]:
+        return (Problem("schema", fault) for fault in schema_faults(self.schema))
 
 
 @dataclass(frozen=True)
 class ResponseFormat(Open):
     """What form the answer has: any text, a JSON object, or JSON that a JSON Schema describes."""
-    SHAPE: ClassVar[Json] = form_shape("json_schema")
     type: str = param("text", choices=FORMS)
     json_schema: Optional[NamedSchema] = param(None, doc="For json_schema.")
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         if self.type == "json_schema" and self.json_schema is None:
-            yield "json_schema", "is required"
+            yield Problem("json_schema", "is required")
 
     @property
     def wanted(self) -> Optional[Json]:
         return wanted_schema(self.type, self.json_schema.schema if self.json_schema else None)
 
 
-TALK: Json = {"enum": ["user", "assistant", "tool", "function"]}
-SOME_PART = with_any({"type": {"enum": ["text"]}, "text": BLANK_NOT},
-                     {"type": {"enum": ["refusal"]}, "refusal": BLANK_NOT}, {"type": {"enum": ["image_url"]}})
-SOME_MESSAGE = with_any({"role": TALK, "content": {"anyOf": [BLANK_NOT, {"type": "array", **SOME_PART}]}},
-                        {"role": TALK, "refusal": BLANK_NOT}, {"role": {"enum": ["tool", "function"]}},
-                        {"role": TALK, "tool_calls": {"type": "array", "minItems": 1}})
 STOP_DOC = "The answer ends before the first of these."
 NO_LOGPROBS = "are not given by any CLI; leave the field out"
 MODEL_DOC = ("`claude`, `codex`, `gemini` or another configured backend; `backend/model`; the name of a model that one "
@@ -1996,10 +2011,9 @@ MODEL_DOC = ("`claude`, `codex`, `gemini` or another configured backend; `backen
 @dataclass(frozen=True)
 class ChatRequest(Chat):
     """A chat completion. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
-    SHAPE: ClassVar[Json] = {"anyOf": [{"properties": {"tool_choice": NOT_FORCED}}, NO_TOOLS]}
     model: str = param(not_empty=True, doc=MODEL_DOC)
-    messages: List[ChatMessage] = param(not_empty=True, shape=SOME_MESSAGE, doc="The conversation; the last turn of "
-                                        "the user is the one to answer.")
+    messages: List[ChatMessage] = param(not_empty=True, doc="The conversation; the last turn of the user is the one to "
+                                        "answer.")
     stream: bool = param(False, doc="Answer as server-sent events.")
     stream_options: StreamOptions = param(StreamOptions, doc="What a stream tells besides the answer.")
     n: int = param(1, minimum=1, maximum=8, doc="How many answers, each from a run of its own.")
@@ -2010,23 +2024,19 @@ class ChatRequest(Chat):
     response_format: ResponseFormat = param(ResponseFormat, doc="What form the answer has.")
     tools: List[Any] = param(list, doc=NOT_OFFERED)
     tool_choice: Any = param(None, doc="What the client's tools are for: `auto` or `none`.")
-    logprobs: bool = param(False, shape=NEVER, doc="No CLI gives them.")
+    logprobs: bool = param(False, doc="No CLI gives them.")
     user: Any = param(None, doc=LENIENT)
     metadata: Any = param(None, doc=LENIENT)
     clinvk: Optional[AgentOptions] = param(None, doc="How the chat runs.")
     unknown: Tuple[str, ...] = internal(())
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         if self.logprobs:
-            yield "logprobs", NO_LOGPROBS
+            yield Problem("logprobs", NO_LOGPROBS)
 
     @property
     def stops(self) -> List[str]:
         return texts_of(self.stop)
-
-    @property
-    def choice(self) -> Any:
-        return self.tool_choice
 
     def turns(self) -> List[Turn]:
         return [message.turn() for message in self.messages]
@@ -2050,12 +2060,9 @@ FILLS = ("You fill gaps in texts. You are given what stands before the gap, in <
 class CompletionRequest(Compat):
     """A text to complete. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
     PROMPT_AT: ClassVar[str] = "prompt"
-    SHAPE: ClassVar[Json] = {"anyOf": [
-        {"properties": {"prompt": {"anyOf": [BLANK_NOT, {"type": "array", "items": BLANK_NOT}]}}},
-        {"required": ["suffix"], "properties": {"suffix": {"type": "string", "minLength": 1}}}]}
     model: str = param(not_empty=True, doc=MODEL_DOC)
-    prompt: Union[str, List[str]] = param(longest=16, free_text=True, shape={"minItems": 1}, doc="The text, or several "
-                                          "texts. Only with a suffix it may be empty.")
+    prompt: Union[str, List[str]] = param(longest=16, free_text=True, doc="The text, or several texts. Only with a "
+                                          "suffix it may be empty.")
     suffix: str = param("", free_text=True, doc="What comes after the text that is asked for.")
     echo: bool = param(False, doc="The answer begins with the prompt.")
     stream: bool = param(False, doc="Answer as server-sent events.")
@@ -2063,19 +2070,19 @@ class CompletionRequest(Compat):
     n: int = param(1, minimum=1, maximum=8, doc="How many answers for each prompt, each from a run of its own.")
     stop: Union[None, str, List[str]] = param(None, longest=4, free_text=True, doc=STOP_DOC)
     max_tokens: Optional[int] = param(None, minimum=1, doc="Of the answer, where the CLI can.")
-    logprobs: Any = param(None, shape={"enum": [None]}, doc="No CLI gives them.")
-    best_of: Optional[int] = param(None, minimum=1, shape={"maximum": 1}, doc="1: no CLI tells which answer is best.")
+    logprobs: Any = param(None, doc="No CLI gives them.")
+    best_of: Optional[int] = param(None, minimum=1, doc="1: no CLI tells which answer is best.")
     user: Any = param(None, doc=LENIENT)
     clinvk: Optional[AgentOptions] = param(None, doc="How it runs.")
     unknown: Tuple[str, ...] = internal(())
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         if self.logprobs is not None:
-            yield "logprobs", NO_LOGPROBS
+            yield Problem("logprobs", NO_LOGPROBS)
         if self.prompt == []:
-            yield "prompt", "must not be empty"
+            yield Problem("prompt", "must not be empty")
         if (self.best_of or 1) > 1:
-            yield "best_of", "must be 1: no CLI tells which of several answers is the likeliest"
+            yield Problem("best_of", "must be 1: no CLI tells which of several answers is the likeliest")
 
     @property
     def stops(self) -> List[str]:
@@ -2112,11 +2119,11 @@ class InputText(TextPart):
 class InputImage(Part):
     """A part of a message: an image."""
     type: str = param(choices=("input_image",))
-    image_url: str = param(shape=DATA_URL, doc="data:image/png;base64, and so on.")
+    image_url: str = param(doc="data:image/png;base64, and so on.")
     detail: Any = param(None, doc=LENIENT)
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
-        return url_faults("image_url", self.image_url)
+    def problems(self) -> Iterator[Problem]:
+        return image_url_problems("image_url", self.image_url)
 
     def pieces(self) -> List[Piece]:
         return [image_piece(self.image_url)]
@@ -2200,21 +2207,16 @@ class Reasoning(Open):
 
 
 Item = Union[InputMessage, CallItem, OutputItem, SilentItem]
-SOME_INPUT_PART = with_any({"type": {"enum": ["input_text", "output_text", "text"]}, "text": BLANK_NOT},
-                           {"type": {"enum": ["refusal"]}, "refusal": BLANK_NOT}, {"type": {"enum": ["input_image"]}})
-SOME_ITEM = with_any({"role": {"enum": ["user", "assistant"]}, "type": {"enum": ["message", None]},
-                      "content": {"anyOf": [BLANK_NOT, {"type": "array", **SOME_INPUT_PART}]}})
 
 
 @dataclass(frozen=True)
 class ResponsesRequest(Chat):
     """A response, of which nothing is stored. Fields that are not here are accepted, and named in the answer's header
     X-Clinvk-Ignored."""
-    SHAPE: ClassVar[Json] = {"anyOf": [{"properties": {"tool_choice": NOT_FORCED}}, NO_TOOLS]}
     PROMPT_AT: ClassVar[str] = "input"
     model: str = param(not_empty=True, doc=MODEL_DOC)
-    input: Union[str, List[Item]] = param(not_empty=True, free_text=True, shape={"anyOf": [BLANK_NOT, {
-        "type": "array", **SOME_ITEM}]}, doc="The whole conversation; the last turn of the user is the one to answer.")
+    input: Union[str, List[Item]] = param(not_empty=True, free_text=True, doc="The whole conversation; the last turn "
+                                          "of the user is the one to answer.")
     instructions: str = param("", free_text=True, doc="The system prompt.")
     stream: bool = param(False, doc="Answer as server-sent events.")
     stream_options: StreamOptions = param(StreamOptions, doc="What a stream of chunks tells besides the answer.")
@@ -2224,24 +2226,22 @@ class ResponsesRequest(Chat):
     tools: List[Any] = param(list, doc=NOT_OFFERED)
     tool_choice: Any = param(None, doc="What the client's tools are for: `auto` or `none`.")
     parallel_tool_calls: Any = param(None, doc=LENIENT)
-    previous_response_id: Any = param(None, shape={"enum": [None]}, doc="Nothing is stored: send the whole input.")
-    conversation: Any = param(None, shape={"enum": [None]}, doc="Nothing is stored: send the whole input.")
-    background: bool = param(False, shape=NEVER, doc="Nothing is stored that could be fetched later.")
+    previous_response_id: Any = param(None, doc="Nothing is stored: send the whole input.")
+    conversation: Any = param(None, doc="Nothing is stored: send the whole input.")
+    background: bool = param(False, doc="Nothing is stored that could be fetched later.")
     metadata: Dict[str, str] = param(dict, free_text=True, doc="The answer repeats it.")
     user: Any = param(None, doc=LENIENT)
     clinvk: Optional[AgentOptions] = param(None, doc="How it runs.")
     unknown: Tuple[str, ...] = internal(())
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         for name in ("previous_response_id", "conversation"):
             if getattr(self, name) is not None:
-                yield name, "can not be used, as clinvk stores no responses: send the whole input, and leave it out"
+                yield Problem(name, "can not be used, as clinvk stores no responses: send the whole input, and leave "
+                                    "it out")
         if self.background:
-            yield "background", "can not be true, as clinvk stores no responses: stream, if the answer takes long"
-
-    @property
-    def choice(self) -> Any:
-        return self.tool_choice
+            yield Problem("background", "can not be true, as clinvk stores no responses: stream, if the answer takes "
+                                        "long")
 
     def turns(self) -> List[Turn]:
         items = self.input if isinstance(self.input, list) else [InputMessage("user", self.input)]
@@ -2289,16 +2289,15 @@ class TextBlock(TextPart):
 @dataclass(frozen=True)
 class ImageSource(Open):
     """An image, in base64."""
-    SHAPE: ClassVar[Json] = {"allOf": [{"required": ["data"], "properties": {"data": {"type": "string"}}}]}
-    type: str = param(choices=("base64", "url", "file"), shape={"enum": ["base64"]})
+    type: str = param(choices=("base64", "url", "file"))
     media_type: str = param("", doc="What counts is how the image begins.")
-    data: str = param("", shape=IMAGE_SHAPE)
+    data: str = param("")
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         if self.type == "base64":
-            yield from data_faults("data", self.data)
+            yield from image_problems("data", self.data)
         else:
-            yield "type", f"must be base64; {FETCHES_NOTHING}"
+            yield Problem("type", f"must be base64; {FETCHES_NOTHING}")
 
 
 @dataclass(frozen=True)
@@ -2437,20 +2436,11 @@ class OutputConfigParam(Open):
     format: Format = param(Format)
 
 
-SOME_BLOCK = with_any({"type": {"enum": ["text"]}, "text": BLANK_NOT},
-                      {"type": {"enum": ["image", "tool_use", "tool_result", "document", "search_result"]}})
-SOME_CONTENT: Json = {"anyOf": [BLANK_NOT, {"type": "array", **SOME_BLOCK}]}
-SOME_TURN: Json = {**with_any({"role": {"enum": ["user", "assistant"]}, "content": SOME_CONTENT}), "prefixItems": [
-    {"$ref": "#/components/schemas/MessageParam", "properties": {"role": {"enum": ["user", "system"]}}}]}
-
-
 @dataclass(frozen=True)
 class MessagesRequest(Chat):
     """A message. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
-    SHAPE: ClassVar[Json] = {"anyOf": [{"properties": {"tool_choice": {"properties": {"type": NOT_FORCED}}}}, NO_TOOLS]}
     model: str = param(not_empty=True, doc="As in a chat completion.")
-    messages: List[MessageParam] = param(not_empty=True, shape=SOME_TURN, doc="The conversation; the first turn "
-                                         "is the user's.")
+    messages: List[MessageParam] = param(not_empty=True, doc="The conversation; the first turn is the user's.")
     max_tokens: int = param(minimum=1, doc="Of the answer, where the CLI can.")
     system: Union[None, str, List[TextBlock]] = param(None, free_text=True, doc="The system prompt.")
     stream: bool = param(False, doc="Answer as server-sent events.")
@@ -2465,9 +2455,9 @@ class MessagesRequest(Chat):
     clinvk: Optional[AgentOptions] = param(None, doc="How the chat runs.")
     unknown: Tuple[str, ...] = internal(())
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         if self.messages[0].role == "assistant":
-            yield "messages[0].role", 'must be "user"'
+            yield Problem("messages[0].role", 'must be "user"')
 
     @property
     def stops(self) -> List[str]:
@@ -2711,14 +2701,71 @@ PARAGRAPH = "\n\n"
 Events = Generator[Event, None, None]  # a run: closing it ends the run
 
 
-def collect(events: Iterator[Event]) -> Result:
-    """Run to the end; closing `events` is left to the caller."""
-    result = Result()
-    for event in events:
-        result.add(event)
-        if isinstance(event, Done):
-            break
-    return result
+# ==== Files =======================================================================================
+# In: a Config, names. Out: clinvk's own directories, and files that others read or write meanwhile.
+
+def own_directory(config: Config, name: str) -> Path:
+    """A directory in clinvk's home; both are made if need be, then for nobody else to read. A home that others share
+    stays open to them if it was chosen by CLINVK_HOME."""
+    directory = config.home / name
+    if not directory.is_dir():
+        config.home.parent.mkdir(parents=True, exist_ok=True)
+        config.home.mkdir(mode=0o700, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
+    if not config.environ.get("CLINVK_HOME") and config.home.stat().st_mode & 0o077:
+        config.home.chmod(0o700)
+    return directory
+
+
+def link(source: Path, target: Path) -> None:
+    """`target` points at `source`, if that exists: a login that the CLI refreshes is refreshed for the user, too."""
+    if target.is_symlink() and os.readlink(target) == str(source) and source.exists():
+        return
+    with contextlib.suppress(FileNotFoundError):
+        target.unlink()
+    if source.exists():
+        with contextlib.suppress(FileExistsError):  # another run was first
+            target.symlink_to(source)
+
+
+def file_stamp(file: Path) -> str:
+    """What changes when a file does, or when another takes its place; "nothing" if there is none that we may see."""
+    try:
+        status = file.stat()
+    except OSError:
+        return "nothing"
+    return f"{os.path.realpath(file)} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
+
+
+def write_whole(target: Path, text: str) -> None:
+    """A file that others read meanwhile has its old text or its new one. Mode 0600."""
+    handle, name = tempfile.mkstemp(dir=target.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(name, target)
+
+
+def scratch_directory(config: Config) -> Path:
+    """A new directory for one run. Its name says whose it is, for `sweep`."""
+    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=own_directory(config, "runs")))
+
+
+def sweep(config: Config) -> None:
+    """Remove the scratch directories of servers that were killed."""
+    for directory in (config.home / "runs").glob("*-*"):
+        owner = directory.name.partition("-")[0]
+        if owner.isdigit() and not is_alive(int(owner)):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 # ==== Backends ====================================================================================
@@ -2762,13 +2809,13 @@ def child_environ(config: Config, name: str, **more: str) -> Dict[str, str]:
     """The server's environment, less clinvk's own, less what would make a CLI call us back; plus the backend's."""
     def passes(variable: str, value: str) -> bool:
         loops = variable.endswith("_BASE_URL") and is_own_url(value, config)
-        tells_a_key = value in config.keys or any(key in value for key in config.keys if len(key) >= LONG)
+        tells_a_key = value in config.keys or any(key in value for key in config.keys if len(key) >= UNMISTAKABLE)
         return not (variable.startswith("CLINVK_") or variable in NOT_INHERITED or tells_a_key or loops)
     inherited = {variable: value for variable, value in config.environ.items() if passes(variable, value)}
     return {**inherited, **more, **config.backends[name].env}
 
 
-LONG = 8  # characters from which on a key is not found in a text by chance
+UNMISTAKABLE = 8  # characters from which on a key is not found in a text by chance
 
 
 def is_own_url(url: str, config: Config) -> bool:
@@ -2788,13 +2835,22 @@ def command_of(name: str, config: Config) -> List[str]:
     return [command] if isinstance(command, str) and command else list(command) or [name]
 
 
+class Installed(NamedTuple):
+    """A configured backend whose CLI is there."""
+    name: str
+    program: List[str]  # absolute, and its first arguments; [] if it needs none
+    config: Config
+    version: str  # "" until it has been looked up
+
+
 class Backend:
     """How one CLI is called and read. An instance is the memory of one child.
 
     A subclass says what must be known at the start (`command`), what is said once before any request (`greet`), how a
-    request is asked (`ask`), and what the CLI's output means (`read`, up to one Done)."""
+    request is asked (`ask`), and what the CLI's output means (`read`, up to one Done). Further facts about its CLI are
+    in the attributes below; constants of its own are in capitals."""
     honours: ClassVar[FrozenSet[str]] = frozenset()  # request fields; others that are set come back as `ignored`
-    EFFORTS: ClassVar[Container[str]] = ()  # how hard the CLI can be told to think
+    efforts: ClassVar[Container[str]] = ()  # how hard the CLI can be told to think
     extra_flags: ClassVar[Dict[str, bool]] = {}  # what `extra` may hold -> whether a value follows
     has_subcommands: ClassVar[bool] = True  # so that a word on its command line could be one
     streams: ClassVar[Literal["deltas", "messages"]] = "deltas"
@@ -2804,14 +2860,14 @@ class Backend:
     shows_images: ClassVar[bool] = False  # to its model
     context_window: ClassVar[int] = 128_000  # tokens that its usual model takes
     noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
-    LOGIN_AND_SETTINGS: ClassVar[Tuple[str, ...]] = ()  # files in its own home that it reads at its start
-    MEMORY: ClassVar[Tuple[str, ...]] = ()  # further ones that it reads there as an agent
-    IN_WORKDIR: ClassVar[Tuple[str, ...]] = ()  # and those that it reads then in the directory in which it runs
-    USER_HOME: ClassVar[Tuple[str, str]] = ("", "")  # what variable names the CLI's own home; else where in HOME it is
+    home_at: ClassVar[Tuple[str, str]] = ("", "")  # what variable names the CLI's own home; else where in HOME it is
+    settings_files: ClassVar[Tuple[str, ...]] = ()  # login and settings, in its own home: it reads them at its start
+    memory_files: ClassVar[Tuple[str, ...]] = ()  # further ones that it reads there as an agent
+    workdir_files: ClassVar[Tuple[str, ...]] = ()  # and those that it reads then in the directory in which it runs
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        self.name, self.program, self.config, self.cli_version = name, program, config, cli_version
-        self.own_flags = config.backends[name].extra_flags
+    def __init__(self, cli: Installed) -> None:
+        self.name, self.program, self.config, self.cli_version = cli
+        self.own_flags = self.config.backends[self.name].extra_flags
         self.started_ahead = False  # of its first request
         self.accepted = False  # the CLI has taken the present turn up: from here on its provider may have been asked
         self.scratch: Optional[Path] = None  # a directory of the run's own
@@ -2824,7 +2880,7 @@ class Backend:
     @functools.cached_property
     def user_home(self) -> Path:
         """The CLI's own home, as the CLI itself finds it."""
-        variable, directory = self.USER_HOME
+        variable, directory = self.home_at
         environ = child_environ(self.config, self.name)
         return Path(environ.get(variable) or Path(environ.get("HOME") or Path.home()) / directory)
 
@@ -2843,7 +2899,7 @@ class Backend:
         shown = {"effort": "reasoning_effort", "thinking_tokens": "thinking"}
         by_way = {"approval_mode", "sandbox_mode", "allowed_tools", "max_turns"} if request.isolated else set()
         given = [n for n in names if getattr(request, n) not in ("", "default", 0, None, False)]
-        unable = by_way if not request.effort or request.effort in self.EFFORTS else {*by_way, "effort"}
+        unable = by_way if not request.effort or request.effort in self.efforts else {*by_way, "effort"}
         return [shown.get(n, n) for n in given if n not in self.honours or n in unable]
 
     def refuses(self, request: Settled) -> str:
@@ -2900,18 +2956,23 @@ class Backend:
         """Whether the process that has answered this can take another turn."""
         return True
 
+    def stored_files(self) -> Iterable[Path]:
+        """Where the CLI has stored the conversation, if another process can go on with it."""
+        return ()
+
     def stored(self) -> str:
         """What changes when another process goes on with the conversation; "" if none can."""
-        return ""
+        return " ".join(map(file_stamp, self.stored_files()))
 
     def stamps(self, request: Settled) -> Tuple[str, ...]:
         """What changes with what the CLI takes in at its start: the date, its program, login and settings; of an agent,
         also its memory."""
-        home = self.user_home if self.USER_HOME[0] else Path()
+        home = self.user_home if self.home_at[0] else Path()
         files = [Path(word) for word in self.program if os.path.isabs(word)]
-        files += [home / name for name in self.LOGIN_AND_SETTINGS]
+        files += [home / name for name in self.settings_files]
         if not request.isolated:
-            files += [home / name for name in self.MEMORY] + [Path(request.workdir, name) for name in self.IN_WORKDIR]
+            files += [home / name for name in self.memory_files]
+            files += [Path(request.workdir, name) for name in self.workdir_files]
         return (str(datetime.date.today()), *map(file_stamp, files))
 
     def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
@@ -2964,6 +3025,16 @@ class Rehearsal:
         pass
 
 
+NOT_ALLOWED = "not allowed by the request's approval_mode and sandbox_mode"
+
+
+def grants_leave(request: Settled) -> bool:
+    """Whether a tool that asks for leave gets it."""
+    return request.approval_mode == "auto" and request.sandbox_mode != "read-only" and not request.isolated
+
+
+# ---- What is not shown: secrets, and noise
+
 def without_secrets(text: str, environ: Mapping[str, str]) -> str:
     """`text` less the values of the variables whose names say that they are secret."""
     for name, value in environ.items():
@@ -3003,14 +3074,6 @@ def secrets_in(config: Config) -> List[str]:
             if without_secret_values(words) != words:
                 found.append(f"backends.{name}.{key}")
     return found
-
-
-NOT_ALLOWED = "not allowed by the request's approval_mode and sandbox_mode"
-
-
-def grants_leave(request: Settled) -> bool:
-    """Whether a tool that asks for leave gets it."""
-    return request.approval_mode == "auto" and request.sandbox_mode != "read-only" and not request.isolated
 
 
 def quiet(stderr: str, noise: str) -> str:
@@ -3060,7 +3123,7 @@ class Lines:
         """Empty the string in which the line so far ends, and drop the rest of it as it comes."""
         opened = self.line.find(b'"')
         while opened >= 0:
-            closed = self.INSIDE.match(self.line, opened + 1).end()  # type: ignore[union-attr]  # matches anything
+            closed = self.end_of_inside(self.line, opened + 1)
             if self.line[closed:closed + 1] != b'"':
                 break
             opened = self.line.find(b'"', closed + 1)
@@ -3070,11 +3133,14 @@ class Lines:
             self.dropping, self.look_at = True, self.LONG
             self.line += self.after_string(inside)
 
+    def end_of_inside(self, text: Union[bytes, bytearray], begin: int) -> int:
+        """Where what is in a string's quotes ends: at the closing one, at an escape that is broken off, or the end."""
+        return self.INSIDE.match(text, begin).end()  # type: ignore[union-attr]  # it matches anything
+
     def after_string(self, part: bytes) -> bytes:
         """What follows the string that is being dropped, from its closing quote on; b"" if it goes on."""
         part = self.carry + part
-        inside = self.INSIDE.match(part)
-        rest = part[inside.end():] if inside else part
+        rest = part[self.end_of_inside(part, 0):]
         self.dropping = not rest.startswith(b'"')
         self.carry = rest if self.dropping else b""
         return b"" if self.dropping else rest
@@ -3083,8 +3149,8 @@ class Lines:
 class JsonLines(Backend):
     """A CLI that prints one JSON object a line."""
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        super().__init__(name, program, config, cli_version)
+    def __init__(self, cli: Installed) -> None:
+        super().__init__(cli)
         self.lines = Lines(self.repeats)
 
     def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
@@ -3154,7 +3220,7 @@ class Spoken:
         self.again, text = self.again[common:], text[common:]
         if text:
             self.sent.append(text)
-            yield Message(text, is_partial, self.opens)
+            yield Message(text, is_partial=is_partial, opens=self.opens)
             self.opens = False
 
     def ends(self, whole: str) -> Iterator[Event]:
@@ -3185,22 +3251,22 @@ class Claude(JsonLines):
                          "allowed_tools", "effort", "thinking_tokens"})
     extra_flags = {"--effort": True, "--max-budget-usd": True, "--disallowedTools": True, "--disallowed-tools": True,
                    "--betas": True, "--exclude-dynamic-system-prompt-sections": False}
-    USER_HOME = ("CLAUDE_CONFIG_DIR", ".claude")
-    noise = r"^\[claude-code:|no stdin data received"
-    LINE = ("-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose",
-            "--include-partial-messages", "--permission-prompt-tool", "stdio")
-    ISOLATED = ("--safe-mode", "--strict-mcp-config", "--tools", "", "--disable-slash-commands")
-    PERMISSION = {"default": "default", "auto": "acceptEdits", "none": "dontAsk", "always": "default"}
+    efforts: ClassVar[Dict[str, str]] = {"none": "", "minimal": "low", "low": "low", "medium": "medium",
+                                         "high": "high", "xhigh": "xhigh", "max": "max"}
     stores_at_exit = True
     can_wait = True
     shows_images = True
     context_window = 200_000
-    LOGIN_AND_SETTINGS = (".credentials.json", "settings.json")
-    MEMORY = ("CLAUDE.md",)
-    IN_WORKDIR = ("CLAUDE.md", "CLAUDE.local.md", ".mcp.json", ".claude/CLAUDE.md", ".claude/settings.json",
-                  ".claude/settings.local.json")
-    EFFORTS: ClassVar[Dict[str, str]] = {"none": "", "minimal": "low", "low": "low", "medium": "medium",
-                                         "high": "high", "xhigh": "xhigh", "max": "max"}
+    noise = r"^\[claude-code:|no stdin data received"
+    home_at = ("CLAUDE_CONFIG_DIR", ".claude")
+    settings_files = (".credentials.json", "settings.json")
+    memory_files = ("CLAUDE.md",)
+    workdir_files = ("CLAUDE.md", "CLAUDE.local.md", ".mcp.json", ".claude/CLAUDE.md", ".claude/settings.json",
+                     ".claude/settings.local.json")
+    LINE = ("-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose",
+            "--include-partial-messages", "--permission-prompt-tool", "stdio")
+    ISOLATED = ("--safe-mode", "--strict-mcp-config", "--tools", "", "--disable-slash-commands")
+    PERMISSION = {"default": "default", "auto": "acceptEdits", "none": "dontAsk", "always": "default"}
     # Tokens, for the models that know no effort: 4.5 and before. The others take notice of the 0 only.
     THINKING: ClassVar[Dict[str, int]] = {"none": 0, "minimal": 1024, "low": 2048, "medium": 8192, "high": 31999,
                                           "xhigh": 31999, "max": 31999}
@@ -3215,8 +3281,8 @@ class Claude(JsonLines):
         maximum exclusiveMinimum exclusiveMaximum multipleOf allOf anyOf oneOf not if then else dependencies $ref $defs
         definitions title description default examples""".split())
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        super().__init__(name, program, config, cli_version)
+    def __init__(self, cli: Installed) -> None:
+        super().__init__(cli)
         self.grants = False  # whether tools that ask are allowed
         self.model = ""
         self.message_id = ""
@@ -3241,8 +3307,8 @@ class Claude(JsonLines):
         whole = not any(JsonSchema(known).faults())  # a `$ref` may lead to what claude does not know
         return known if isinstance(known, dict) and known.get("type") == "object" and whole else None
 
-    def stored(self) -> str:
-        return " ".join(map(file_stamp, self.transcripts(self.session_id)))
+    def stored_files(self) -> Iterable[Path]:
+        return self.transcripts(self.session_id)
 
     def command(self, request: Settled) -> Command:
         limits = {} if self.started_ahead else self.limits(request)
@@ -3299,8 +3365,8 @@ class Claude(JsonLines):
         if first:
             mouth.say(control("initialize", **first))
         settings: Json = {"env": self.limits(request)} if self.started_ahead and request.max_tokens else {}
-        if self.EFFORTS.get(request.effort):
-            settings["effortLevel"] = self.EFFORTS[request.effort]
+        if self.efforts.get(request.effort):
+            settings["effortLevel"] = self.efforts[request.effort]
         if settings:
             mouth.say(control("apply_flag_settings", settings=settings))
         thinking = request.thinking_tokens
@@ -3408,7 +3474,8 @@ class Claude(JsonLines):
         for block in content if isinstance(content, list) else []:
             name = self.tools.get(block.get("tool_use_id"), "")
             if block["type"] == "tool_result" and name != self.SCHEMA_TOOL:
-                yield ToolResult(block["tool_use_id"], name, plain(block.get("content")), bool(block.get("is_error")))
+                yield ToolResult(block["tool_use_id"], name, plain(block.get("content")),
+                                 is_error=bool(block.get("is_error")))
 
     def parse_system(self, message: Json) -> Iterator[Event]:
         if message["subtype"] == "init":
@@ -3550,9 +3617,7 @@ def forgotten(backend: str) -> Forgotten:
 
 
 def rate_limited(message: str, retry_after: Optional[float]) -> RateLimited:
-    error = RateLimited(f"{message}. Try again later")
-    error.retry_after = 30 if retry_after is None else retry_after
-    return error
+    return RateLimited(f"{message}. Try again later", retry_after=30 if retry_after is None else retry_after)
 
 
 # ---- JSON-RPC, which codex and gemini share
@@ -3562,8 +3627,8 @@ class JsonRpc(JsonLines):
     version_field: ClassVar[Json] = {}  # what every message carries
     REHEARSED: ClassVar[Json] = {"thread": {"id": "<thread>"}, "turn": {"id": "<turn>"}, "sessionId": "<session>"}
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        super().__init__(name, program, config, cli_version)
+    def __init__(self, cli: Installed) -> None:
+        super().__init__(cli)
         self.replies: Dict[int, Callable[[Json, Mouth], Iterator[Event]]] = {}
         self.calls = 0
 
@@ -3580,7 +3645,8 @@ class JsonRpc(JsonLines):
         super().rehearse(request, told)
         while self.replies:
             then = self.replies.pop(min(self.replies))
-            collections.deque(then(self.REHEARSED, told), maxlen=0)
+            for _ in then(self.REHEARSED, told):
+                pass
 
     def parse_line(self, message: Json, mouth: Mouth) -> Iterator[Event]:
         if "method" in message and "id" in message:
@@ -3630,17 +3696,17 @@ class Codex(JsonRpc):
     The model way has a CODEX_HOME of clinvk's own, for AGENTS.md in the user's can not be switched off: its config.toml
     is ISOLATED and the user's KEPT keys, its auth.json a link to the user's."""
     honours = frozenset({"model", "approval_mode", "sandbox_mode", "system_prompt", "effort"})
-    USER_HOME = ("CODEX_HOME", ".codex")
-    noise = r"WARNING: proceeding|could not (create|update) PATH|Reading prompt from stdin|could not find bubblewrap"
+    efforts = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"})
     stores_at_exit = True
     can_wait = True
     shows_images = True
     context_window = 258_400
-    LOGIN_AND_SETTINGS = ("auth.json", "config.toml")
-    MEMORY = ("AGENTS.md",)
-    IN_WORKDIR = ("AGENTS.md", ".codex/config.toml")
+    noise = r"WARNING: proceeding|could not (create|update) PATH|Reading prompt from stdin|could not find bubblewrap"
+    home_at = ("CODEX_HOME", ".codex")
+    settings_files = ("auth.json", "config.toml")
+    memory_files = ("AGENTS.md",)
+    workdir_files = ("AGENTS.md", ".codex/config.toml")
     SANDBOX = {"read-only": "read-only", "workspace": "workspace-write", "full": "danger-full-access"}
-    EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"})
     LONGEST = 1_048_576  # characters of a prompt
     REPLY = rb'(?m)^\{("id":2,.*|"error":.*,"id":2)\}$\n'  # to a second call
     KEPT = ("model", "model_provider", "model_providers", "openai_base_url", "chatgpt_base_url",
@@ -3659,10 +3725,10 @@ class Codex(JsonRpc):
              "plugins", "hooks", "tool_suggest", "sleep_tool", "shell_snapshot", "skill_search", "browser_use",
              "computer_use", "in_app_browser"), False)}
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        super().__init__(name, program, config, cli_version)
+    def __init__(self, cli: Installed) -> None:
+        super().__init__(cli)
         self.spoken = Spoken()
-        self.turn = ""
+        self.turn_id = ""
         self.counts: Json = {}  # of tokens, in the whole thread
         self.counts_before: Json = {}  # those of its earlier turns
         self.default_sandbox = "<that of the config>"  # looked up only if a thread would keep another one
@@ -3760,8 +3826,8 @@ class Codex(JsonRpc):
         self.call(mouth, "initialize", CODEX_CLIENT, self.nothing)
         self.notify(mouth, "initialized")
 
-    def stored(self) -> str:
-        return " ".join(map(file_stamp, self.user_home.glob(f"sessions/*/*/*/rollout-*{self.thread_id}.jsonl")))
+    def stored_files(self) -> Iterable[Path]:
+        return self.user_home.glob(f"sessions/*/*/*/rollout-*{self.thread_id}.jsonl")
 
     def look_ahead(self, request: Settled, mouth: Mouth) -> None:
         """The thread costs as much time as all the rest; a request that has other instructions gets another one."""
@@ -3817,14 +3883,14 @@ class Codex(JsonRpc):
 
     def start_turn(self, request: Settled, mouth: Mouth, then: Callable[[Json, Mouth], Iterator[Event]]) -> None:
         turn: Json = {"threadId": self.thread_id, "input": [*map(codex_input, request.parts)]}
-        if request.effort in self.EFFORTS:
+        if request.effort in self.efforts:
             turn["effort"] = request.effort
         if request.schema is not None:
             turn["outputSchema"] = request.schema
         self.call(mouth, "turn/start", turn, then)
 
     def turn_started(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
-        self.turn, self.accepted = reply["turn"]["id"], True
+        self.turn_id, self.accepted = reply["turn"]["id"], True
         return iter(())
 
     def next_turn_started(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
@@ -3850,7 +3916,7 @@ class Codex(JsonRpc):
         elif method == "item/completed":
             yield from self.item_completed(params["item"])
         elif method == "thread/tokenUsage/updated":
-            if params["turnId"] == self.turn:
+            if params["turnId"] == self.turn_id:
                 self.counts = params["tokenUsage"]["total"]
             else:
                 self.counts_before = params["tokenUsage"]["total"]
@@ -3880,7 +3946,7 @@ class Codex(JsonRpc):
                 yield from self.item_started(item)
             output = item.get("aggregatedOutput") or plain((item.get("result") or {}).get("content"))
             failed = item.get("status") in ("failed", "declined")
-            yield ToolResult(item["id"], codex_tool_name(item), output, failed)
+            yield ToolResult(item["id"], codex_tool_name(item), output, is_error=failed)
 
     def retrying(self, error: Json) -> Iterator[Event]:
         yield Progress("retrying", str(error.get("message")))
@@ -3997,19 +4063,19 @@ class Gemini(JsonRpc):
     Nothing but `initialize` is said before that is answered: without a login gemini takes lines for a login code."""
     honours = frozenset({"model", "approval_mode", "sandbox_mode", "max_tokens", "system_prompt"})
     extra_flags = {"--debug": False, "-d": False}
-    USER_HOME = ("GEMINI_CLI_HOME", "")
-    noise = r"256-color|\[STARTUP\]|Ripgrep is not available|YOLO mode|Loaded cached credentials"
     version_field: ClassVar[Json] = {"jsonrpc": "2.0"}
-    PERMISSION = {"default": "default", "auto": "autoEdit", "none": "yolo", "always": "default"}
-    ALIASES = frozenset({"auto", "pro", "flash", "flash-lite"})
-    REPLAY_SILENCE = 3.0  # seconds
     can_wait = True
     shows_images = True
     context_window = 1_000_000
-    LOGIN_AND_SETTINGS = tuple(f".gemini/{name}" for name in ("oauth_creds.json", "google_accounts.json",
-                                                              "gemini-credentials.json", ".env")) + (".env",)
-    MEMORY = (".gemini/GEMINI.md", ".gemini/settings.json")
-    IN_WORKDIR = ("GEMINI.md", ".gemini/settings.json")
+    noise = r"256-color|\[STARTUP\]|Ripgrep is not available|YOLO mode|Loaded cached credentials"
+    home_at = ("GEMINI_CLI_HOME", "")
+    settings_files = (".gemini/oauth_creds.json", ".gemini/google_accounts.json", ".gemini/gemini-credentials.json",
+                      ".gemini/.env", ".env")
+    memory_files = (".gemini/GEMINI.md", ".gemini/settings.json")
+    workdir_files = ("GEMINI.md", ".gemini/settings.json")
+    PERMISSION = {"default": "default", "auto": "autoEdit", "none": "yolo", "always": "default"}
+    ALIASES = frozenset({"auto", "pro", "flash", "flash-lite"})
+    REPLAY_SILENCE = 3.0  # seconds
     MODEL = "flash"  # of the model way, if none is said: "auto" asks the provider first which one to take
     COMMANDS = re.compile(r"\s*[/$]\s*(memory|extensions|init|restore|about|help)(\s|$)")
     LINKED = ("oauth_creds.json", "google_accounts.json", "gemini-credentials.json", "installation_id", ".env")
@@ -4021,8 +4087,8 @@ class Gemini(JsonRpc):
         "hooksConfig": {"enabled": False}, "experimental": {"enableAgents": False},
         "context": {"includeDirectoryTree": False}, "model": {"disableLoopDetection": True}}
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        super().__init__(name, program, config, cli_version)
+    def __init__(self, cli: Installed) -> None:
+        super().__init__(cli)
         self.request: Optional[Settled] = None
         self.grants = False  # whether tools that ask are allowed
         self.first_session = str(uuid.uuid4())  # gemini stores one at its start, besides the one that we ask for
@@ -4088,9 +4154,8 @@ class Gemini(JsonRpc):
         users = read_json_with_comments(self.user_home / ".gemini" / "settings.json") if request.isolated else {}
         return (*super().stamps(request), json.dumps([users.get("security"), users.get("model")]))
 
-    def stored(self) -> str:
-        files = loadable_files(self.chats(), self.session) or chat_files(self.chats(), self.session)
-        return " ".join(map(file_stamp, files))
+    def stored_files(self) -> Iterable[Path]:
+        return loadable_files(self.chats(), self.session) or chat_files(self.chats(), self.session)
 
     def model_of(self, request: Settled) -> str:
         return request.model or (self.default_model if request.isolated else "")
@@ -4254,7 +4319,7 @@ class Gemini(JsonRpc):
             yield ToolUse(tool_id, self.tools[tool_id], shown)
         if call.get("status") in ("completed", "failed"):
             texts = [(c.get("content") or {}).get("text") or "" for c in call.get("content") or []]
-            yield ToolResult(tool_id, self.tools[tool_id], "\n".join(texts), call["status"] == "failed")
+            yield ToolResult(tool_id, self.tools[tool_id], "\n".join(texts), is_error=call["status"] == "failed")
 
     def asked(self, method: str, params: Json) -> Json:
         """Leave for a tool, as the approval mode says; all else is refused."""
@@ -4511,72 +4576,6 @@ def read_json_with_comments(file: Path) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-# ---- Files for the model way
-
-def own_directory(config: Config, name: str) -> Path:
-    """A directory in clinvk's home; both are made if need be, then for nobody else to read. A home that others share
-    stays open to them if it was chosen by CLINVK_HOME."""
-    directory = config.home / name
-    if not directory.is_dir():
-        config.home.parent.mkdir(parents=True, exist_ok=True)
-        config.home.mkdir(mode=0o700, exist_ok=True)
-        directory.mkdir(mode=0o700, exist_ok=True)
-    if not config.environ.get("CLINVK_HOME") and config.home.stat().st_mode & 0o077:
-        config.home.chmod(0o700)
-    return directory
-
-
-def link(source: Path, target: Path) -> None:
-    """`target` points at `source`, if that exists: a login that the CLI refreshes is refreshed for the user, too."""
-    if target.is_symlink() and os.readlink(target) == str(source) and source.exists():
-        return
-    with contextlib.suppress(FileNotFoundError):
-        target.unlink()
-    if source.exists():
-        with contextlib.suppress(FileExistsError):  # another run was first
-            target.symlink_to(source)
-
-
-def file_stamp(file: Path) -> str:
-    """What changes when a file does, or when another takes its place; "nothing" if there is none that we may see."""
-    try:
-        status = file.stat()
-    except OSError:
-        return "nothing"
-    return f"{os.path.realpath(file)} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
-
-
-def write_whole(target: Path, text: str) -> None:
-    """A file that others read meanwhile has its old text or its new one. Mode 0600."""
-    handle, name = tempfile.mkstemp(dir=target.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(name, target)
-
-
-def scratch_directory(config: Config) -> Path:
-    """A new directory for one run. Its name says whose it is, for `sweep`."""
-    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=own_directory(config, "runs")))
-
-
-def sweep(config: Config) -> None:
-    """Remove the scratch directories of servers that were killed."""
-    for directory in (config.home / "runs").glob("*-*"):
-        owner = directory.name.partition("-")[0]
-        if owner.isdigit() and not is_alive(int(owner)):
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 # ---- Any other CLI, and none
 
 class Text(Backend):
@@ -4585,8 +4584,8 @@ class Text(Backend):
     remembers = False
     has_subcommands = False  # as far as we know, and not every program takes --flag=value
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        super().__init__(name, program, config, cli_version)
+    def __init__(self, cli: Installed) -> None:
+        super().__init__(cli)
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.opens = True
 
@@ -4632,7 +4631,6 @@ class InProcess(Backend):
 
 class Echo(InProcess):
     """Answers with the prompt, word by word: for trying a client without spending a token."""
-    streams = "deltas"
 
     def plan(self, request: Settled) -> str:
         return "(echo needs no command)"
@@ -4665,7 +4663,7 @@ class Stop:
         self.limit_secs = math.inf
 
     def allow(self, seconds: float) -> Stop:
-        """Time is up that long after `began`; math.inf, once the run is over: never."""
+        """Time is up that long after `began`; with math.inf, as when the run is over, never."""
         self.limit_secs = seconds
         return self
 
@@ -4687,7 +4685,8 @@ class Stop:
 
 class Slots:
     """At most `limit` runs at once; up to `places` more wait, and start in the order in which they came. The runs of a
-    request that is `admitted` as a whole wait, too, but take no place."""
+    request that is `admitted` as a whole wait, too, but take no place. Each waits with a ticket, which is set when a
+    slot is its own."""
 
     def __init__(self, limit: int, places: int) -> None:
         self.limit, self.places = limit, places
@@ -4700,19 +4699,19 @@ class Slots:
         """Returns when a slot is ours; until then a Progress per SILENCE. Raises BackendUnavailable if the line is
         full, unless the request is `admitted` already, and what `stop` says. A caller that closes this generator has
         left the line."""
-        turn = threading.Event()
+        ticket = threading.Event()
         with self.changed:
             if self.active < self.limit and not self.waiting:
                 self.active += 1
                 return
             if not admitted:
                 self.check_places_locked()
-            self.waiting.append(turn)
-            self.admitted |= {turn} if admitted else set()
+            self.waiting.append(ticket)
+            self.admitted |= {ticket} if admitted else set()
         try:
-            yield from wait_for(turn, stop)
+            yield from wait_for(ticket, stop)
         except BaseException:
-            self.leave(turn)
+            self.leave(ticket)
             raise
 
     def admit(self) -> None:
@@ -4724,26 +4723,24 @@ class Slots:
     def check_places_locked(self) -> None:
         taken = len(self.waiting) - len(self.admitted)
         if taken >= self.places:
-            error = BackendUnavailable(f"{self.active} runs are going on and {taken} requests wait: try again later, "
-                                       "or raise server.max_concurrent_runs or server.max_waiting_runs")
-            error.retry_after = 5
-            raise error
+            raise BackendUnavailable(f"{self.active} runs are going on and {taken} requests wait: try again later, or "
+                                     "raise server.max_concurrent_runs or server.max_waiting_runs", retry_after=5)
 
-    def leave(self, turn: threading.Event) -> None:
+    def leave(self, ticket: threading.Event) -> None:
         """Give up a place in the line, or the slot that came just then."""
         with self.changed:
-            if turn in self.waiting:
-                self.waiting.remove(turn)
-                self.admitted.discard(turn)
+            if ticket in self.waiting:
+                self.waiting.remove(ticket)
+                self.admitted.discard(ticket)
                 return
         self.release()
 
     def release(self) -> None:
         with self.changed:
             if self.waiting:
-                turn = self.waiting.popleft()
-                self.admitted.discard(turn)
-                turn.set()  # the slot is handed on
+                ticket = self.waiting.popleft()
+                self.admitted.discard(ticket)
+                ticket.set()  # the slot is handed on
             else:
                 self.active -= 1
                 self.changed.notify_all()
@@ -4763,14 +4760,21 @@ class Slots:
             return self.changed.wait_for(lambda: not self.active, seconds)
 
 
-def wait_for(turn: threading.Event, stop: Stop) -> Iterator[Progress]:
+def wait_for(ticket: threading.Event, stop: Stop) -> Iterator[Progress]:
     told_at = time.monotonic()
-    while not turn.wait(TICK):
+    while not ticket.wait(TICK):
         stop.check()
         if time.monotonic() - told_at >= SILENCE:
             told_at = time.monotonic()
             yield Progress("queued", "waiting for a free slot")
     stop.check()
+
+
+def is_ready(file: int, event: int) -> bool:
+    """Whether there is something to be read, or what else of select's POLL... it is, by now."""
+    poll = select.poll()
+    poll.register(file, event)
+    return bool(poll.poll(0))
 
 
 class Child:
@@ -4800,14 +4804,11 @@ class Child:
 
     def has_printed(self) -> bool:
         """Whether there is something on stdout that has not been read."""
-        poll = select.poll()
-        poll.register(self.pipes()[0], select.POLLIN)
-        return bool(poll.poll(0))
+        return is_ready(self.pipes()[0], select.POLLIN)
 
-    def pending(self) -> List[bytes]:
+    def unread(self) -> List[bytes]:
         """What is on stdout and has not been read."""
-        pipe = self.pipes()[0]
-        return [data for data in map(self.read, [pipe] * self.READS_OF_A_FULL_PIPE) if data]
+        return self.rest(self.pipes()[:1])
 
     def begin_turn(self) -> None:
         """What it prints from now on is of another turn."""
@@ -4880,7 +4881,7 @@ class Child:
         return None
 
     def rest(self, pipes: List[int]) -> List[bytes]:
-        """What the pipes of a process that has gone still hold; not what others, who have them too, go on to print."""
+        """What the pipes hold by now, of stdout; not what comes meanwhile: others may have them, and go on to print."""
         return [data for pipe in pipes for data in map(self.read, [pipe] * self.READS_OF_A_FULL_PIPE) if data]
 
     def ready(self, pipes: List[int]) -> List[int]:
@@ -4900,7 +4901,7 @@ class Child:
         """End the process itself, at once; what it had still printed."""
         self.process.kill()
         self.process.wait()
-        return self.rest(self.pipes()[:1])
+        return self.unread()
 
     def leave(self, patience: float) -> None:
         """End it and all its descendants; returns when none is left. It may take `patience` seconds to go by itself
@@ -5204,10 +5205,15 @@ class Spare:
     def processes(self) -> FrozenSet[int]:
         return frozenset(process.pid for process in descendants(self.child.process, self.child.mark))
 
+    def meet_family(self, *, used_tools: bool) -> None:
+        """See which processes are the CLI's own, in its first turn. Once a tool has run, others may be that tool's."""
+        itself = frozenset({self.child.process.pid})
+        self.family = itself if used_tools else itself | self.processes()
+
     def goes_on_by_itself(self) -> bool:
         """Whether it has said something since its answer: it would be taken for the next one."""
         try:
-            return any(True for data in self.child.pending() for _ in self.backend.read(data, self.child))
+            return any(True for data in self.child.unread() for _ in self.backend.read(data, self.child))
         except ClinvkError:
             return True
 
@@ -5243,7 +5249,7 @@ class Heard:
         self.text, self.joined = hashlib.sha256(), Joined()  # as a client gets it
         self.tokens = 0  # of the conversation, as the provider counts them
         self.used_tools = False
-        self.done = Done(-1)
+        self.done: Optional[Done] = None
 
     def add(self, event: Event) -> None:
         if isinstance(event, Message):
@@ -5256,8 +5262,12 @@ class Heard:
             self.done = event
 
     @property
+    def succeeded(self) -> bool:
+        return self.done is not None and self.done.exit_code == 0
+
+    @property
     def is_whole(self) -> bool:
-        return self.done.exit_code == 0 and self.done.stop == "end"
+        return self.done is not None and self.done.exit_code == 0 and self.done.stop == "end"
 
 
 class Wanted(NamedTuple):
@@ -5435,7 +5445,7 @@ class Spares:
 
     def tend_once(self, looked_at: float) -> float:
         """Wait until something is to be done, and do it: end what waits in vain, or, if no run is going on, start what
-        is wanted. When those that wait were last looked at."""
+        is wanted. Returns when those that wait were last looked at."""
         with self.changed:
             missing = [wanted for name, wanted in self.wanted.items() if name not in self.fresh]
             holds = any(spare.session_id for spare in self.live)
@@ -5461,7 +5471,7 @@ class Spares:
         short = bool(waiting) and memory_is_short()
         stale = [spare for spare in waiting if not spare.is_current()]
         unfit = [spare for spare in waiting if short or spare in stale or spare.session_id in asked_for or
-                 self.is_overdue(spare) or not self.settles(spare)]
+                 self.is_overdue(spare) or self.is_large(spare)]
         with self.changed:
             unfit += [spare for spare in self.live if spare not in unfit and spare.goes_on_by_itself()]
             ended = [spare for spare in unfit if spare in self.live or spare in self.fresh.values()]
@@ -5479,13 +5489,13 @@ class Spares:
         """Whether it waits in vain."""
         return time.monotonic() - spare.since > self.settings.spare_idle_secs
 
-    def settles(self, spare: Spare) -> bool:
-        """Whether it takes no more memory than it may. That, and what it has stored, is looked at once after each turn,
-        when it is at rest."""
+    def is_large(self, spare: Spare) -> bool:
+        """Whether it takes more memory than it may: looked at once after each turn, when it is at rest, as is what it
+        has stored."""
         if spare.stored is not None or time.monotonic() - spare.since < self.STORED_SECS:
-            return True
+            return False
         spare.stored = spare.backend.stored() if spare.session_id else ""
-        return memory_of(spare.processes()) <= self.MEMORY_BYTES
+        return memory_of(spare.processes()) > self.MEMORY_BYTES
 
     def start(self, wanted: Wanted) -> None:
         """Have a CLI ready for a request like the one that was asked."""
@@ -5527,7 +5537,8 @@ class Spares:
 
 @dataclass
 class Ran:
-    """What is told of one run when it is over (SPEC 8); filled in while it goes on. Times are of `time.monotonic()`."""
+    """What the log and the metrics tell of one run when it is over (SPEC 8); filled in while it goes on. Times are of
+    `time.monotonic()`."""
     backend: str
     start: str = "cold"  # how its CLI came to be there: cold, spare, live
     began: float = 0.0  # when it had its slot; 0: not yet
@@ -5612,6 +5623,7 @@ def timed(event: Event, started: float) -> Event:
 
 def in_a_slot(request: Settled, backend: Backend, spares: Spares, slots: Slots, stop: Stop, ran: Ran, *,
               admitted: bool) -> Events:
+    """The run, once it has a slot; which it gives back, here or when the last process of its CLI has gone."""
     yield from slots.take(stop, admitted=admitted)
     ran.began = time.monotonic()
     if isinstance(backend, InProcess):
@@ -5639,53 +5651,55 @@ def from_cli(request: Settled, backend: Backend, spares: Spares, slots: Slots, s
         cli = spares.take(request) or started(request, backend, spares.children, stop)
     ran.start = cli.start
     try:
-        yield from turn(request, cli, spares, slots, stop)
+        yield from one_turn(request, cli, spares, slots, stop)
         return
     except Unfit as error:
         LOG.warning("a %s that had waited was of no use, and another is started: %s", request.backend, error)
     with slots.released_on_error():
         cli = started(request, backend, spares.children, stop)
     ran.start = cli.start
-    yield from turn(request, cli, spares, slots, stop)
+    yield from one_turn(request, cli, spares, slots, stop)
 
 
 class Unfit(Exception):
     """A CLI that had waited has failed before its provider was asked, or because of its login: nothing is lost yet."""
 
 
-def turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Stop) -> Events:
+def one_turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Stop) -> Events:
     """Ask, and pass on what the CLI says until its answer is complete; then it waits for the next turn, or goes. The
     slot is given back. Raises Unfit, and keeps the slot."""
-    done: Optional[Done] = None
     heard, when_gone = Heard(), slots.release
-    alone = request.keeps and spares.settings.live_conversations > 0 and not spare.family  # no tool has run yet
+    may_wait = request.keeps and spares.settings.live_conversations > 0
     try:
         for event in answered_by(request, spare, stop):
             heard.add(event)
-            if alone and not isinstance(event, Init):
-                alone = False
-                spare.family = spare.processes() if not heard.used_tools else frozenset({spare.child.process.pid})
-            if isinstance(event, Done):
-                done = event
-            else:
+            if may_wait and not spare.family and not isinstance(event, Init):
+                spare.meet_family(used_tools=heard.used_tools)
+            if not isinstance(event, Done):
                 yield event
     except Unfit:
         when_gone = nothing
         raise
     finally:
-        waits = False
-        try:
-            waits = done is not None and spares.take_back(spare, request, heard)
-        finally:
-            if waits:
-                slots.release()
-            else:
-                patience = PATIENCE if done and done.exit_code == 0 else 0.0
-                leaving = spares.end(spare, when_gone, patience=patience)
-                if request.keeps and (spare.backend.stores_at_exit or not done):
-                    leaving.join()  # only then can the next turn begin
-    assert done
-    yield dataclasses.replace(done, waits=waits)
+        waits = waits_or_ends(request, spare, spares, heard, when_gone)
+        if waits:
+            slots.release()
+    assert heard.done
+    yield dataclasses.replace(heard.done, waits=waits)
+
+
+def waits_or_ends(request: Settled, spare: Spare, spares: Spares, heard: Heard, when_gone: Callable[[], None]) -> bool:
+    """Whether the CLI waits for the next turn of the conversation. Else it is ended, `when_gone` is called then, and if
+    the next turn can only begin after that, this returns after it, too."""
+    waits = False
+    try:
+        waits = heard.done is not None and spares.take_back(spare, request, heard)
+    finally:
+        if not waits:
+            leaving = spares.end(spare, when_gone, patience=PATIENCE if heard.succeeded else 0.0)
+            if request.keeps and (spare.backend.stores_at_exit or not heard.done):
+                leaving.join()
+    return waits
 
 
 def answered_by(request: Settled, spare: Spare, stop: Stop) -> Iterator[Event]:
@@ -5740,7 +5754,8 @@ def until_done(backend: Backend, child: Child, stop: Stop, accepts_by: float) ->
             heard = time.monotonic() if data else heard
             if not backend.accepted and time.monotonic() > accepts_by:
                 for rest in child.kill():  # it must not wake up now, and ask its provider, while another does
-                    collections.deque(backend.read(rest, child), maxlen=0)
+                    for _ in backend.read(rest, child):
+                        pass
                 raise BackendFailed(f"{backend.name} does not answer")
             if time.monotonic() - heard >= SILENCE:
                 heard = time.monotonic()
@@ -5778,7 +5793,7 @@ def cut_at(stops: Sequence[str], events: Events) -> Events:
             held += (PARAGRAPH if event.opens and spoken else "") + event.text
             text, found = split_at(stops, held)
             held = "" if found else text[len(text) - overlap(stops, text):]
-            yield Message(text[:len(text) - len(held)], event.is_partial, opens=not spoken)
+            yield Message(text[:len(text) - len(held)], is_partial=event.is_partial, opens=not spoken)
             spoken = True
             if found:
                 events.close()
@@ -5803,29 +5818,27 @@ def overlap(stops: Sequence[str], text: str) -> int:
 
 # ---- Structured output
 
-def fitted(events: Events, schema: Json, stops: Sequence[str],
-           again: Optional[Callable[[str, str], Events]]) -> Events:
+def fitted(events: Events, schema: Json, stops: Sequence[str], again: Optional[Callable[[str, str], Events]],
+           used: Optional[Usage] = None) -> Events:
     """`events` with an answer that is JSON as `schema` describes it, told at once when it is whole; else a Refusal.
     What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs. An
-    answer that has been cut, at one of `stops` or at max_tokens, need not fit."""
-    used: Optional[Usage] = None
-    for last in (again is None, True):
-        result = Result()
-        yield from gathered(events, result)
-        used = used + result.usage if used and result.usage else result.usage or used
-        text, stop = split_at(stops, result.text)
-        done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
-        text, fault = fitting(text, schema)
-        fits = not fault or done.stop != "end"
-        if fits or last or result.failure or result.refusal is not None:
-            if not result.failure and result.refusal is None:
-                yield Message(text, opens=True) if fits else Refusal(refusal_for(text, fault))
-            yield from [TokenUsage(used)] if used else []
-            yield done
-            return
+    answer that has been cut, at one of `stops` or at max_tokens, need not fit. `used` is what came before."""
+    result = Result()
+    yield from gathered(events, result)
+    used = used + result.usage if used and result.usage else result.usage or used
+    text, stop = split_at(stops, result.text)
+    done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
+    text, wrong = fitting(text, schema)
+    fits, answered = not wrong or done.stop != "end", not result.failure and result.refusal is None
+    if again and answered and not fits:
         yield Progress("repairing", "the answer does not fit its JSON Schema, and is asked for once more")
-        assert again
-        events = again("".join(result.said), REPAIR.format(fault, json.dumps(schema, ensure_ascii=False)))
+        repaired = again("".join(result.said), REPAIR.format(wrong, json.dumps(schema, ensure_ascii=False)))
+        yield from fitted(repaired, schema, stops, None, used)
+        return
+    if answered:
+        yield Message(text, opens=True) if fits else Refusal(refusal_for(text, wrong))
+    yield from [TokenUsage(used)] if used else []
+    yield done
 
 
 def gathered(events: Events, result: Result) -> Iterator[Event]:
@@ -5875,7 +5888,7 @@ def fitting(text: str, schema: Json) -> Tuple[str, str]:
         value, json_text = json_in(text)
     except ValueError as error:
         return text, f"the answer {error}"
-    wrong = faults(value, schema)
+    wrong = value_faults(value, schema)
     return (text, "; ".join(wrong)) if wrong else (json_text, "")
 
 
@@ -5894,10 +5907,10 @@ def told_schema(request: Settled, backend: Backend) -> Settled:
     return dataclasses.replace(request, schema=None, system_prompt=system_prompt)
 
 
-def refusal_for(text: str, fault: str) -> str:
+def refusal_for(text: str, wrong: str) -> str:
     """An answer in words says itself why it is no JSON."""
     in_words = text.strip() and not text.lstrip().startswith(("{", "[", "```"))
-    return text if in_words else f"The answer does not fit the JSON Schema ({fault}). It was: {text}"
+    return text if in_words else f"The answer does not fit the JSON Schema ({wrong}). It was: {text}"
 
 
 # ==== Sessions ====================================================================================
@@ -5953,8 +5966,8 @@ def new_session(request: Settled, tags: Sequence[str]) -> Session:
                    backend_session_id=kind_of(request.backend).new_conversation())
 
 
-def kept(session: Session, run_in: Callable[[Session], Events], store: Store, *, is_new: bool,
-         counts_usage: bool) -> Events:
+def next_turn(session: Session, run_in: Callable[[Session], Events], store: Store, *, is_new: bool,
+              counts_usage: bool) -> Events:
     """The events of the run that is the next turn of `session`; `run_in` starts it, in the session as it is by then.
 
     It is stored as `active` before the run begins, and as it has ended before the Done. Raises Conflict if a turn of it
@@ -6064,6 +6077,7 @@ class Database:
                                    "prompt that is ephemeral needs no session") from None
 
     def begin(self, kind: str, asked_at: float) -> None:
+        """A transaction, on the file that is there by now."""
         if self.failed_at > asked_at:  # who has waited behind it has waited as long
             raise sqlite3.OperationalError("database is locked")
         if self.identity is None or identity_of(self.file) != self.identity:
@@ -6082,7 +6096,7 @@ class Database:
 
 
 def identity_of(file: Path) -> Optional[Tuple[int, int]]:
-    """What another file in the same place does not have; None if there is no file."""
+    """What tells a file from another one in its place; None if there is no file."""
     try:
         status = file.stat()
     except FileNotFoundError:
@@ -7281,17 +7295,18 @@ class Asked:
     answers: int = 1  # how many runs it asks for
 
 
+SaidKind = Literal["text", "thinking", "refusal"]  # what a run says to the client
+
+
 class Renderer:
     """One API's way to write answers. An instance serves one request.
 
-    Both `whole` and `stream` are given what several runs say, if the API has that, else what one says. The events of
-    `stream` end with a Done for each run; a Failure in them becomes the API's own kind of error in the stream. It must
-    leave `told` to its caller to close."""
+    Both `whole` and `stream` are given what several runs say, if the API has that, else what one says."""
     name: ClassVar[str]  # of the API
     stream_type = "text/event-stream"
     shown: ClassVar[Tuple[Type[Event], ...]] = (Message, Thinking, Refusal, Progress, Failure, Done)  # of a stream
     error_type = JSON_TYPE
-    error_answer: ClassVar[Any]
+    error_shape: ClassVar[Any]
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
@@ -7300,7 +7315,59 @@ class Renderer:
         raise NotImplementedError
 
     def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
+        """What is told ends with a Done for each run, or with a Failure. Closing `told` is left to the caller."""
+        voices = [Voice() for _ in range(self.asked.answers)]
+        begun = False
+        for index, event in told:
+            if isinstance(event, TokenUsage):
+                voices[index].usage = event.usage
+                continue
+            if not begun:
+                begun = True
+                yield from self.begins(voices)
+            if isinstance(event, Message):
+                yield from self.says(index, "text", voices[index].add(event))
+            elif isinstance(event, Thinking):
+                yield from self.says(index, "thinking", event.text)
+            elif isinstance(event, Refusal):
+                yield from self.says(index, "refusal", event.text)
+            elif isinstance(event, Progress):
+                yield from self.keeps_alive()
+            elif isinstance(event, Failure):
+                yield from self.fails(event.error)
+                return
+            elif isinstance(event, Done):
+                voices[index].done = True
+                yield from self.ends(index, event, voices[index])
+                if all(voice.done for voice in voices):
+                    yield from self.finishes(voices)
+                    return
+
+    # ---- The parts of a stream
+
+    def begins(self, voices: Sequence[Voice]) -> Iterator[bytes]:
         raise NotImplementedError
+
+    def says(self, index: int, kind: SaidKind, text: str) -> Iterator[bytes]:
+        raise NotImplementedError
+
+    def keeps_alive(self) -> Iterator[bytes]:
+        """What has no meaning but that the run goes on."""
+        raise NotImplementedError
+
+    def fails(self, error: ClinvkError) -> Iterator[bytes]:
+        """The API's own kind of error in a stream."""
+        raise NotImplementedError
+
+    def ends(self, index: int, done: Done, voice: Voice) -> Iterator[bytes]:
+        """The end of one answer."""
+        raise NotImplementedError
+
+    def finishes(self, voices: Sequence[Voice]) -> Iterator[bytes]:
+        """What comes after the end of the last answer."""
+        return iter(())
+
+    # ---- Errors, and counts
 
     @classmethod
     def status(cls, error: Union[ClinvkError, Type[ClinvkError]]) -> int:
@@ -7308,7 +7375,7 @@ class Renderer:
 
     @classmethod
     def error(cls, error: ClinvkError, request_id: str) -> Any:
-        """The body of the error, in the shape `error_answer`."""
+        """The body of the error, of the shape `error_shape`."""
         raise NotImplementedError
 
     @classmethod
@@ -7355,7 +7422,7 @@ class Native(Renderer):
     name = "clinvk"
     stream_type = "application/x-ndjson"
     error_type = "application/problem+json"
-    error_answer = NativeError
+    error_shape = NativeError
 
     def __init__(self, asked: Asked, backend: str, ignored: Sequence[str] = (), session_id: str = "") -> None:
         super().__init__(asked)
@@ -7468,7 +7535,7 @@ def done_content(result: Result, text: str) -> DoneContent:
 
 class OpenAI(Renderer):
     """What OpenAI's endpoints have in common: their errors."""
-    name, error_answer = "OpenAI", OpenAIError
+    name, error_shape = "OpenAI", OpenAIError
 
     @classmethod
     def error(cls, error: ClinvkError, request_id: str) -> OpenAIError:
@@ -7481,6 +7548,7 @@ class ChatCompletions(OpenAI):
     """SPEC 2.4: chat completions. Each run is one of the choices."""
     ID, WHOLE, PIECE = "chatcmpl-", "chat.completion", "chat.completion.chunk"
     NOTHING: ClassVar[Json] = {"delta": {}}  # what the last chunk of a choice adds
+    FIELDS: ClassVar[Dict[SaidKind, str]] = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
 
     def __init__(self, asked: Asked, *, include_usage: bool = False) -> None:
         super().__init__(asked)
@@ -7505,42 +7573,27 @@ class ChatCompletions(OpenAI):
             message["reasoning_content"], texts[thought] = thought, result.thoughts
         return {"message": message}
 
-    def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
-        voices = [Voice() for _ in range(self.asked.answers)]
+    def begins(self, voices: Sequence[Voice]) -> Iterator[bytes]:
         for index in range(len(voices)):
-            yield from self.begins(index)
-        for index, event in told:
-            if isinstance(event, Message):
-                yield self.says(index, voices[index].add(event))
-            elif isinstance(event, (Thinking, Refusal)):
-                yield from self.says_besides(index, event)
-            elif isinstance(event, TokenUsage):
-                voices[index].usage = event.usage
-            elif isinstance(event, Progress):
-                yield b": keepalive\n\n"
-            elif isinstance(event, Failure):
-                yield server_sent(self.error(event.error, self.asked.request_id))
-                return
-            elif isinstance(event, Done):
-                yield self.chunk(index, self.NOTHING, FINISH_REASONS[event.stop])
-                voices[index].done = True
-                if all(voice.done for voice in voices):
-                    break
+            yield self.chunk(index, {"delta": {"role": "assistant", "content": ""}})
+
+    def says(self, index: int, kind: SaidKind, text: str) -> Iterator[bytes]:
+        yield self.chunk(index, {"delta": {self.FIELDS[kind]: text}})
+
+    def keeps_alive(self) -> Iterator[bytes]:
+        yield b": keepalive\n\n"
+
+    def fails(self, error: ClinvkError) -> Iterator[bytes]:
+        yield server_sent(self.error(error, self.asked.request_id))
+
+    def ends(self, index: int, done: Done, voice: Voice) -> Iterator[bytes]:
+        yield self.chunk(index, self.NOTHING, FINISH_REASONS[done.stop])
+
+    def finishes(self, voices: Sequence[Voice]) -> Iterator[bytes]:
         if self.include_usage:
             usage = total(map(self.counted, voices))
             yield server_sent({**self.base, "object": self.PIECE, "choices": [], "usage": openai_usage(usage)})
         yield b"data: [DONE]\n\n"
-
-    def begins(self, index: int) -> Iterator[bytes]:
-        yield self.chunk(index, {"delta": {"role": "assistant", "content": ""}})
-
-    def says(self, index: int, text: str) -> bytes:
-        return self.chunk(index, {"delta": {"content": text}})
-
-    def says_besides(self, index: int, event: Union[Thinking, Refusal]) -> Iterator[bytes]:
-        """What is not the answer's text."""
-        name = "reasoning_content" if isinstance(event, Thinking) else "refusal"
-        yield self.chunk(index, {"delta": {name: event.text}})
 
     def chunk(self, index: int, added: Json, finish_reason: Optional[str] = None) -> bytes:
         choice = {"index": index, **added, "finish_reason": finish_reason, "logprobs": None}
@@ -7570,15 +7623,13 @@ class Completions(ChatCompletions):
         texts[text][:0] = self.prompts[index:index + 1]
         return {"text": text}
 
-    def begins(self, index: int) -> Iterator[bytes]:
-        if self.prompts:
-            yield self.says(index, self.prompts[index])
+    def begins(self, voices: Sequence[Voice]) -> Iterator[bytes]:
+        for index, prompt in enumerate(self.prompts):
+            yield from self.says(index, "text", prompt)
 
-    def says(self, index: int, text: str) -> bytes:
-        return self.chunk(index, {"text": text})
-
-    def says_besides(self, index: int, event: Union[Thinking, Refusal]) -> Iterator[bytes]:
-        return iter(())
+    def says(self, index: int, kind: SaidKind, text: str) -> Iterator[bytes]:
+        if kind == "text":
+            yield self.chunk(index, {"text": text})
 
 
 def server_sent(value: Any, event: str = "") -> bytes:
@@ -7618,14 +7669,14 @@ class OutputKind(NamedTuple):
 
 
 ASSISTANT: Json = {"type": "message", "role": "assistant"}
-OUTPUT_KINDS = {
-    "message": OutputKind(
+OUTPUT_KINDS: Dict[SaidKind, OutputKind] = {
+    "text": OutputKind(
         "msg_", ASSISTANT, parts="content", part={"type": "output_text", "annotations": [], "logprobs": []},
         text="text", events="output_text", part_events="content_part", place="content_index", more={"logprobs": []}),
     "refusal": OutputKind(
         "msg_", ASSISTANT, parts="content", part={"type": "refusal"}, text="refusal",
         events="refusal", part_events="content_part", place="content_index"),
-    "reasoning": OutputKind(
+    "thinking": OutputKind(
         "rs_", {"type": "reasoning"}, parts="summary", part={"type": "summary_text"}, text="text",
         events="reasoning_summary_text", part_events="reasoning_summary_part", place="summary_index")}
 # What every response says of itself; clinvk stores none, and offers no tools.
@@ -7638,7 +7689,7 @@ RESPONSE: Json = {
 class Output:
     """One item of a response's output."""
 
-    def __init__(self, kind: str, pieces: List[str]) -> None:
+    def __init__(self, kind: SaidKind, pieces: List[str]) -> None:
         self.kind, self.how, self.pieces = kind, OUTPUT_KINDS[kind], pieces
         self.id = self.how.prefix + uuid.uuid4().hex
         self.text = marker()  # stands for its text
@@ -7660,8 +7711,8 @@ class Responses(OpenAI):
     """SPEC 2.7: a response, of one run."""
 
     def __init__(self, asked: Asked, *, repeated: Optional[Json] = None, final_code: str = "") -> None:
-        """`repeated`: the request's fields that the answer has, too. `final_code`: what the client does not take for a
-        failure that may pass, if any code is that."""
+        """`repeated`: the request's fields that the answer has, too. `final_code`: the code of an error after which the
+        client does not send the request again; "" if its own do."""
         super().__init__(asked)
         self.final_code = final_code
         self.base = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()),
@@ -7672,15 +7723,15 @@ class Responses(OpenAI):
     def whole(self, results: Sequence[Result]) -> List[bytes]:
         usage, (result,) = self.usage(results), results
         if result.thoughts:
-            self.output.append(Output("reasoning", result.thoughts))
+            self.output.append(Output("thinking", result.thoughts))
         if result.refusal is None:
-            self.output.append(Output("message", result.said))
+            self.output.append(Output("text", result.said))
         else:
             self.output.append(Output("refusal", [result.refusal]))
-        return [*spliced(self.ended(result.done, usage), long_texts(self.output, last=True))]
+        return [*spliced(self.whole_response(result.done, usage), long_texts(self.output, last=True))]
 
-    def ended(self, done: Done, usage: Usage) -> Json:
-        """The response as a whole, with a marker for each text."""
+    def whole_response(self, done: Done, usage: Usage) -> Json:
+        """With a marker for each text."""
         status = RESPONSE_STATUSES[done.stop]
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
         *before, last = self.output
@@ -7692,34 +7743,25 @@ class Responses(OpenAI):
         return {**self.base, "status": status, "error": None, "incomplete_details": None, "usage": None,
                 "output": output, **more}
 
-    def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
-        voice = Voice()
+    def begins(self, voices: Sequence[Voice]) -> Iterator[bytes]:
         yield from self.event("response.created", response=self.response("in_progress"))
+        yield from self.keeps_alive()
+
+    def keeps_alive(self) -> Iterator[bytes]:
+        """An event: codex counts no comments."""
         yield from self.event("response.in_progress", response=self.response("in_progress"))
-        for _, event in told:
-            if isinstance(event, Message):
-                yield from self.adds("message", voice.add(event))
-            elif isinstance(event, Thinking):
-                yield from self.adds("reasoning", event.text)
-            elif isinstance(event, Refusal):
-                yield from self.adds("refusal", event.text)
-            elif isinstance(event, TokenUsage):
-                voice.usage = event.usage
-            elif isinstance(event, Progress):  # codex counts no comments
-                yield from self.event("response.in_progress", response=self.response("in_progress"))
-            elif isinstance(event, Failure):
-                yield from self.event("response.failed", response=self.failed(event.error))
-                return
-            elif isinstance(event, Done):
-                yield from self.finishes(event, self.counted(voice))
-                return
+
+    def fails(self, error: ClinvkError) -> Iterator[bytes]:
+        kind, code = error.openai
+        told = {"type": kind, "code": self.final_code or code or kind, "message": error.whole}
+        yield from self.event("response.failed", response=self.response("failed", error=told))
 
     def event(self, kind: str, texts: Optional[Dict[str, List[str]]] = None, **fields: Any) -> Iterator[bytes]:
         """One event; sent in one piece, if it has none of the long texts."""
         value = {"type": kind, "sequence_number": next(self.sequence), **fields}
         return long_sent(value, texts, kind) if texts else iter([server_sent(value, kind)])
 
-    def adds(self, kind: str, text: str) -> Iterator[bytes]:
+    def says(self, index: int, kind: SaidKind, text: str) -> Iterator[bytes]:
         """More text of the item that is open, or of a new one."""
         if not self.output or self.output[-1].kind != kind:
             yield from self.closes("completed")
@@ -7751,19 +7793,14 @@ class Responses(OpenAI):
         yield from self.event("response.output_item.done", texts(), output_index=len(self.output) - 1,
                               item=item.item(status, [item.part]))
 
-    def finishes(self, done: Done, usage: Usage) -> Iterator[bytes]:
-        """The end of an answer, which has a message in any case."""
-        if not self.output or self.output[-1].kind == "reasoning":
-            yield from self.adds("message", "")
+    def ends(self, index: int, done: Done, voice: Voice) -> Iterator[bytes]:
+        """It has a message in any case."""
+        if not self.output or self.output[-1].kind == "thinking":
+            yield from self.says(index, "text", "")
         status = RESPONSE_STATUSES[done.stop]
         yield from self.closes(status)
-        response = self.ended(done, usage)
+        response = self.whole_response(done, self.counted(voice))
         yield from self.event(f"response.{status}", long_texts(self.output, last=True), response=response)
-
-    def failed(self, error: ClinvkError) -> Json:
-        kind, code = error.openai
-        told = {"type": kind, "code": self.final_code or code or kind, "message": error.whole}
-        return self.response("failed", error=told)
 
 
 RESPONSE_STATUSES = {"end": "completed", "length": "incomplete", "sequence": "completed"}
@@ -7780,12 +7817,13 @@ def response_usage(usage: Usage) -> ResponseUsage:
 
 class Anthropic(Renderer):
     """SPEC 2.5: messages."""
-    name, error_answer = "Anthropic", AnthropicError
+    name, error_shape = "Anthropic", AnthropicError
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
         self.base: Json = {"id": "msg_" + uuid.uuid4().hex, "type": "message", "role": "assistant",
                            "model": asked.model}
+        self.blocks, self.refused = Blocks(), False  # of a stream
 
     def whole(self, results: Sequence[Result]) -> List[bytes]:
         text, thought, (result,) = marker(), marker(), results
@@ -7799,40 +7837,28 @@ class Anthropic(Renderer):
         return [*spliced({**self.base, "content": content, **stop, "usage": anthropic_usage(self.usage(results))},
                          texts)]
 
-    def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
-        blocks, voice, begun, refused = Blocks(), Voice(), False, False
-        for _, event in told:
-            if isinstance(event, TokenUsage):
-                voice.usage = event.usage
-                continue
-            if not begun:
-                begun = True
-                yield self.message_start(self.counted(voice))
-            if isinstance(event, Message):
-                yield from blocks.say("text", voice.add(event))
-            elif isinstance(event, Refusal):
-                refused = True
-                yield from blocks.say("text", event.text)
-            elif isinstance(event, Thinking):
-                yield from blocks.say("thinking", event.text)
-            elif isinstance(event, Progress):
-                yield server_sent({"type": "ping"}, "ping")
-            elif isinstance(event, Failure):
-                yield server_sent(self.error(event.error, self.asked.request_id), "error")
-                return
-            elif isinstance(event, Done):
-                yield from blocks.finish()
-                yield server_sent({"type": "message_delta", "delta": stop_of(event, refused=refused),
-                                   "usage": anthropic_usage(self.counted(voice))}, "message_delta")
-                yield server_sent({"type": "message_stop"}, "message_stop")
-                return
-
-    def message_start(self, usage: Usage) -> bytes:
-        counts = anthropic_usage(usage)
+    def begins(self, voices: Sequence[Voice]) -> Iterator[bytes]:
+        counts = anthropic_usage(self.counted(voices[0]))
         message = {**self.base, "content": [], "stop_reason": None, "stop_sequence": None,
                    "usage": {**counts, "input_tokens": max(1, counts["input_tokens"]), "output_tokens": 1}}
-        return server_sent({"type": "message_start", "message": message}, "message_start") + server_sent(
-            {"type": "ping"}, "ping")
+        yield b"".join([server_sent({"type": "message_start", "message": message}, "message_start"),
+                        *self.keeps_alive()])
+
+    def says(self, index: int, kind: SaidKind, text: str) -> Iterator[bytes]:
+        self.refused = self.refused or kind == "refusal"
+        return self.blocks.say("thinking" if kind == "thinking" else "text", text)
+
+    def keeps_alive(self) -> Iterator[bytes]:
+        yield server_sent({"type": "ping"}, "ping")
+
+    def fails(self, error: ClinvkError) -> Iterator[bytes]:
+        yield server_sent(self.error(error, self.asked.request_id), "error")
+
+    def ends(self, index: int, done: Done, voice: Voice) -> Iterator[bytes]:
+        yield from self.blocks.finish()
+        yield server_sent({"type": "message_delta", "delta": stop_of(done, refused=self.refused),
+                           "usage": anthropic_usage(self.counted(voice))}, "message_delta")
+        yield server_sent({"type": "message_stop"}, "message_stop")
 
     @classmethod
     def error(cls, error: ClinvkError, request_id: str) -> AnthropicError:
@@ -7921,6 +7947,8 @@ def plain_path(path: str) -> str:
     return re.sub("/+", "/", text).rstrip("/") or "/"
 
 
+# ---- Host and Origin: no web page may drive the CLIs
+
 def check_host(config: Config, head: Head) -> None:
     """A page that rebinds its own name to 127.0.0.1 still sends that name. Without keys, other machines need a name
     that was allowed by hand: what they say in Host is up to them."""
@@ -7948,12 +7976,20 @@ def hosts_of(head: Head) -> List[str]:
 WILDCARDS = ("0.0.0.0", "::", "*")
 
 
-def is_loopback(address: str) -> bool:
+def address_of(text: str) -> Union[None, ipaddress.IPv4Address, ipaddress.IPv6Address]:
+    """An IP address; one of IPv4 that is written as IPv6 is what it is. None: it is no address."""
+    if not re.fullmatch(r"[\w:.%-]+", text, re.ASCII):  # ipaddress takes anything for a zone, "fe80::1%zone"
+        return None
     try:
-        found = ipaddress.ip_address(address)
+        found = ipaddress.ip_address(text)
     except ValueError:
-        return False
-    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+        return None
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+def is_loopback(text: str) -> bool:
+    address = address_of(text)
+    return address is not None and address.is_loopback
 
 
 def host_name(host: str) -> str:
@@ -8025,6 +8061,8 @@ def preflight_headers(config: Config, head: Head) -> Dict[str, str]:
     return headers
 
 
+# ---- Keys, and the type of a body
+
 def check_key(config: Config, head: Head) -> None:
     if not config.keys or is_open(head.path) or is_preflight(head):
         return
@@ -8051,6 +8089,8 @@ def check_type(head: Head) -> None:
 GUARDS: Tuple[Callable[[Config, Head], None], ...] = (check_host, check_origin, check_key)  # `check_type` is by route
 
 
+# ---- Rate limit
+
 class RateLimit:
     """A bucket of tokens per client address: a request takes one, `rate_limit_rps` flow back in each second, up to
     `rate_limit_burst`. The addresses that were seen least recently are forgotten first."""
@@ -8072,10 +8112,9 @@ class RateLimit:
             self.buckets[address] = (tokens - 1 if tokens >= 1 else tokens), now
             self.forget(now - max(limits.rate_limit_cleanup_secs, full / limits.rate_limit_rps))
         if tokens < 1:
-            error = RateLimited(f"too many requests from {address}: {limits.rate_limit_rps:g} a second are allowed "
-                                "(server.rate_limit_rps). Try again later")
-            error.retry_after = (1 - tokens) / limits.rate_limit_rps
-            raise error
+            raise RateLimited(f"too many requests from {address}: {limits.rate_limit_rps:g} a second are allowed "
+                              "(server.rate_limit_rps). Try again later",
+                              retry_after=(1 - tokens) / limits.rate_limit_rps)
 
     def forget(self, before: float) -> None:
         """Those that have been full again for long, and those that are too many."""
@@ -8096,7 +8135,7 @@ def client_address(config: Config, head: Head) -> str:
     for item in reversed(forwarded or [head.get("X-Real-IP").strip()]):
         address = without_port(item)
         if not in_networks(address, trusted):
-            return address if is_address(address) else remote
+            return address if address_of(address) else remote
     return remote
 
 
@@ -8106,22 +8145,13 @@ def without_port(text: str) -> str:
     return text if found is None else found.group(1) or found.group(2)
 
 
-def is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return re.fullmatch(r"[\w:.%-]+", text, re.ASCII) is not None  # ipaddress takes anything for a zone, "fe80::1%zone"
-
-
-def in_networks(address: str, networks: Iterable[str]) -> bool:
+def in_networks(text: str, networks: Iterable[str]) -> bool:
     """Whether an address is one of them, or in one: each is an address or CIDR."""
-    if not is_address(address):
-        return False
-    found = ipaddress.ip_address(address)
-    plain = getattr(found, "ipv4_mapped", None) or found
-    return any(plain in ipaddress.ip_network(network, strict=False) for network in networks)
+    address = address_of(text)
+    return address is not None and any(address in ipaddress.ip_network(network, strict=False) for network in networks)
 
+
+# ---- Where a run may start, and with which flags
 
 BLOCKED_PREFIXES = ("/etc", "/var/run", "/var/lock", "/root", "/sys", "/proc", "/dev", "/usr/bin", "/usr/sbin", "/bin",
                     "/sbin", "/boot", "/lib", "/lib64", "/usr/lib", "/usr/lib64")
@@ -8196,7 +8226,7 @@ def with_values_attached(extra: List[str], flags: Container[str]) -> List[str]:
 # ==== Metrics =====================================================================================
 # In: requests and runs that are over. Out: how many and how long, as text that Prometheus reads (SPEC 8).
 
-Sample = Tuple[str, Dict[str, str], float]  # what follows the metric's name in the sample's, labels, value
+Sample = Tuple[str, Dict[str, str], float]  # suffix of the metric's name, labels, value
 
 
 def exposed(name: str, kind: str, about: str, samples: Iterable[Sample]) -> str:
@@ -8296,7 +8326,7 @@ class Metrics:
             self.start(backend)
 
     def start(self, backend: str) -> None:
-        """What has a backend's name only, and words that are known, begins at 0."""
+        """What has no other labels than a backend, and words of ours, begins at 0."""
         for status in RUN_STATUSES:
             self.runs.add(0, backend, status)
         for kind in self.TOKEN_KINDS:
@@ -8381,7 +8411,7 @@ class Server:
         self.spares = Spares(config.server, self.children, self.slots, self.closing, self.store, self.backend)
 
     def bound(self, port: int) -> None:
-        """The port that was found, if any free one was asked for."""
+        """Listening on that port: the config may have said 0, for any free one."""
         self.config = dataclasses.replace(self.config, server=dataclasses.replace(self.config.server, port=port))
 
     def program(self, name: str) -> Optional[List[str]]:
@@ -8406,7 +8436,7 @@ class Server:
             hint = " (a program and its arguments must be a list)" if " " in command else ""
             raise BackendUnavailable(f'{name} is not installed: no "{command}" on PATH{hint}. Install it, or set '
                                      f"backends.{name}.command")
-        return kind_of(name)(name, program, self.config, self.versions.get(name, ""))
+        return kind_of(name)(Installed(name, program, self.config, self.versions.get(name, "")))
 
     def known_backend(self, name: str, at: str) -> None:
         if name not in self.config.backends:
@@ -8425,9 +8455,9 @@ class Server:
         asked, overruled = self.continued(asked, found, at) if found else (asked, [])
         backend = self.backend(asked.backend)
         request = self.settled(asked, backend, at)
-        fault = backend.refuses(request)
-        if fault:
-            raise Invalid([Problem(prompt_at, fault)])
+        reason = backend.refuses(request)
+        if reason:
+            raise Invalid([Problem(prompt_at, reason)])
         ignored = [*backend.ignored(request), *overruled]
         if "model" not in backend.honours:
             request = dataclasses.replace(request, model="")
@@ -8435,25 +8465,28 @@ class Server:
             hides = bool(request.system_prompt) and not own_system_prompt
             return Started(planned(request, backend, hides_system_prompt=hides), request, ignored)
         schema, request = request.schema, told_schema(request, backend)
-
-        def run_of(request: Settled, *, admitted: bool = admitted) -> Events:
-            stop.allow(request.timeout_secs)
-            one = Ran(request.backend, request=request)
-            ran.append(one)
-            events = run(request, self.backend(request.backend), self.spares, self.slots, stop, one, admitted=admitted)
-            cut = cut_at(request.stops, events) if request.stops and schema is None else events
-            return observed(cut, one, stop, self.metrics.run_ended)
+        run_of = functools.partial(self.run_of, stop, ran, cuts=schema is None)
+        first = functools.partial(run_of, admitted=admitted)
+        if request.keeps:
+            started = self.in_session(request, found, first, ignored)
+        else:
+            started = Started(first(request), request, ignored + (["metadata"] if request.metadata else []))
+        if schema is None:
+            return started
 
         def again(answer: str, text: str) -> Events:
             return run_of(replied(request, answer, text), admitted=True)
-        if request.keeps:
-            started = self.in_session(request, found, run_of, ignored)
-        else:
-            started = Started(run_of(request), request, ignored + (["metadata"] if request.metadata else []))
-        if schema is None:
-            return started
         only_once = not request.isolated or isinstance(backend, InProcess)  # an agent would do all of it again
         return started._replace(events=fitted(started.events, schema, request.stops, None if only_once else again))
+
+    def run_of(self, stop: Stop, ran: List[Ran], request: Settled, *, cuts: bool, admitted: bool) -> Events:
+        """The run itself; `ran` gets what is to be told of it. `cuts`: at the `stops` of the request."""
+        stop.allow(request.timeout_secs)
+        one = Ran(request.backend, request=request)
+        ran.append(one)
+        events = run(request, self.backend(request.backend), self.spares, self.slots, stop, one, admitted=admitted)
+        cut = cut_at(request.stops, events) if request.stops and cuts else events
+        return observed(cut, one, stop, self.metrics.run_ended)
 
     def settled(self, asked: PromptRequest, backend: Backend, at: str) -> Settled:
         """With nothing left open; its flags and its directory are allowed."""
@@ -8469,8 +8502,8 @@ class Server:
                    ignored: List[str]) -> Started:
         """A run that is the next turn of a session, or the first one of a new session."""
         settings = self.config.session
-        session = dataclasses.replace(found, metadata=request.metadata) if found else \
-            new_session(request, settings.default_tags)
+        session = new_session(request, settings.default_tags) if found is None else dataclasses.replace(
+            found, metadata=request.metadata)
         if request.sandbox_mode != "default":
             session = dataclasses.replace(session, sandbox_mode=request.sandbox_mode)
 
@@ -8480,7 +8513,7 @@ class Server:
                                 f"{session.id}:{count + 1}", session.id)
             return run_of(dataclasses.replace(request, resume=session.backend_session_id, conversation=talk,
                                               begins=not session.has_begun))
-        events = kept(session, run_in, self.store, is_new=not found, counts_usage=settings.store_token_usage)
+        events = next_turn(session, run_in, self.store, is_new=not found, counts_usage=settings.store_token_usage)
         return Started(events, request, ignored, session.id)
 
     def continued(self, asked: PromptRequest, session: Session, at: str) -> Tuple[PromptRequest, List[str]]:
@@ -8605,10 +8638,10 @@ def planned(request: Settled, backend: Backend, *, hides_system_prompt: bool) ->
 # In: a checked request. Out: an Answer. One function per endpoint (SPEC 2).
 
 class Final(NamedTuple):
-    """How an error looks that a client does not take for a passing one, after which it would ask again."""
+    """How a client is told of an error so that it does not send its request again by itself."""
     status: int
-    repeated: FrozenSet[int]  # the statuses after which it would
-    code: str = ""  # "": any
+    repeated: FrozenSet[int]  # in place of these, after which it does
+    code: str = ""  # of OpenAI's errors; "": it does not matter
 
 
 class Call(NamedTuple):
@@ -8619,7 +8652,7 @@ class Call(NamedTuple):
     stop: Stop
     ran: List[Ran]  # its runs; those that have not begun, too
     name: str = ""  # the last part of the path, where the route leaves it open
-    final: Optional[Final] = None  # what its client takes for the end of it
+    final: Optional[Final] = None  # None: its client heeds x-should-retry
 
 
 class Answer:
@@ -8643,17 +8676,17 @@ class Route(NamedTuple):
     method: str
     patterns: Tuple[str, ...]
     function: Callable[[Server, Call], Answer]
-    answer: Any  # the shape of its JSON, or the content type of what is none; None: not to be told of
+    answer: Any  # the shape of its JSON, or the content type of what is none; None: /openapi.json leaves it out
     body: Optional[type] = None  # the model of its request
-    other_body: Optional[Type[Compat]] = None  # that of a request with its prompt's field in place of the other's
+    other_body: Optional[Type[Compat]] = None  # the same, for a request that has the PROMPT_AT of this one only
     where: str = ""  # what the path of a faulty field begins with
-    query: Optional[type] = None  # the model of its query; one that no route asks for means nothing: SDKs add some
+    query: Optional[type] = None  # the model of its query; None: whatever stands there means nothing, SDKs add some
     events: Any = None  # the shape of each event, if it can be told to stream
     errors: Tuple[Type[ClinvkError], ...] = ()  # besides those of every route
     headers: Tuple[str, ...] = ()  # that its answer may have, of HEADERS
     example: Optional[Json] = None  # a request
     statuses: Tuple[int, ...] = (200,)  # that its answer may have
-    only_if: str = ""  # the setting of the server's without which it is not there
+    only_if: str = ""  # the setting in ServerConfig without which it is not there
 
     @property
     def path(self) -> str:
@@ -8685,6 +8718,86 @@ def json_answer(value: Any, status: int = 200, **headers: str) -> Answer:
     return Answer([to_json(value)], status, headers={name.replace("_", "-"): text for name, text in headers.items()})
 
 
+# ---- How an answer is sent: as it comes, or whole
+
+def alone(events: Events) -> Tolds:
+    """What the only run of a request tells."""
+    with contextlib.closing(events):
+        for event in events:
+            yield Told(0, event)
+
+
+def streamed(told: Tolds, renderer: Renderer, headers: Mapping[str, str], until: Any) -> Answer:
+    """Answer as it comes. Nothing is sent before the first event of `until`, or SILENCE, so that a run which fails at
+    once is an HTTP error here, too."""
+    begun, patience_ends = [], time.monotonic() + SILENCE
+    with closed_on_error(told):
+        for one in told:
+            begun.append(one)
+            if isinstance(one.event, until) or time.monotonic() > patience_ends:
+                break
+            if isinstance(one.event, Failure):
+                raise one.event.error
+    body = renderer.stream(itertools.chain(begun, to_the_end(told)))
+    return Answer(body, content_type=renderer.stream_type, headers={**headers, **UNBUFFERED}, close=told.close)
+
+
+def never_silent(told: Tolds, shown: Tuple[Type[Event], ...]) -> Tolds:
+    """`told`, and a Progress per SILENCE in which nothing has come of what the client is shown."""
+    shown_at = time.monotonic()
+    with contextlib.closing(told):
+        for one in told:
+            if not isinstance(one.event, shown) and time.monotonic() - shown_at >= SILENCE:
+                yield Told(one.task, Progress("running", "nothing of the answer has come"))
+                shown_at = time.monotonic()
+            elif isinstance(one.event, shown):
+                shown_at = time.monotonic()
+            yield one
+
+
+def to_the_end(told: Tolds) -> Iterator[Told]:
+    """`told`, and the end that a stream must have if the run can not even be started."""
+    try:
+        yield from told
+    except ClinvkError as error:
+        yield Told(0, Failure(error))
+        yield Told(0, Done(-1))
+
+
+def collected(told: Tolds, renderer: Renderer, headers: Mapping[str, str], *, fails: bool = False) -> Answer:
+    """Answer in one piece; with `fails`, a failed run is an HTTP error: that of the first which failed."""
+    results = [Result() for _ in range(renderer.asked.answers)]
+    failures: List[ClinvkError] = []
+    with contextlib.closing(told):
+        for index, event in told:
+            results[index].add(event)
+            failures += [event.error] if isinstance(event, Failure) else []
+    if fails and failures:
+        raise failures[0]
+    return Answer(renderer.whole(results), headers=headers)
+
+
+@contextlib.contextmanager
+def closed_on_error(source: Union[Tolds, Answer]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        source.close()
+        raise
+
+
+def shown_as(told: Tolds, shown: Several, *, stream: bool) -> Answer:
+    """The answer of a fan-out, as it happens or at its end."""
+    if stream:
+        first = list(itertools.islice(told, 1))  # by then a run has begun, and the headers can tell how
+        body = shown.stream(itertools.chain(first, told))
+        return Answer(body, content_type=Native.stream_type, headers=UNBUFFERED, close=told.close)
+    with contextlib.closing(told):
+        return Answer(shown.whole(told))
+
+
+# ---- /api/v1: one run
+
 @route("POST", "/api/v1/prompt", body=PromptRequest, where="body", answer=PromptAnswer, events=EventLine,
        errors=(Invalid, NotFound, Conflict, BackendUnavailable, StoreUnavailable, TimedOut, Canceled),
        headers=("X-Clinvk-Start",), example={"backend": "echo", "prompt": "hello", "ephemeral": True})
@@ -8698,24 +8811,25 @@ def prompt(server: Server, call: Call) -> Answer:
     return collected(alone(started.events), renderer, {})
 
 
+# ---- /api/v1: several runs
+
 @route("POST", "/api/v1/parallel", body=ParallelRequest, where="body", answer=ParallelAnswer, events=EventLine,
        errors=(Invalid, BackendUnavailable, Canceled), headers=("X-Clinvk-Start",),
        example={"tasks": [{"backend": "echo", "prompt": "one"}, {"backend": "echo", "prompt": "two"}]})
 def parallel(server: Server, call: Call) -> Answer:
     """Several runs at once."""
     request, settings = call.body, server.config.parallel
-    places = [f"body.tasks[{index}]" for index in range(len(request.tasks))]
-    tasks = [ephemeral(task, dry_run=request.dry_run) for task in request.tasks]
-    natives = checked(server, call, tasks, places)
-    told = fan_out(len(tasks), starter(server, call, tasks, places), call.stop,
+    tasks = [Placed(ephemeral(task, dry_run=request.dry_run), f"body.tasks[{index}]")
+             for index, task in enumerate(request.tasks)]
+    natives = checked(server, call, tasks)
+    told = fan_out(len(tasks), starter(server, call, tasks), call.stop,
                    workers=min(request.max_parallel or settings.max_workers, server.slots.limit),
                    fail_fast=settings.fail_fast if request.fail_fast is None else request.fail_fast)
-    return shown_as(told, Several(natives, counted), stream=request.stream)
 
-
-def counted(results: List[Result], answers: List[Json]) -> Json:
-    failed = sum(result.failure is not None for result in results)
-    return {"total_tasks": len(results), "completed": len(results) - failed, "failed": failed, "results": answers}
+    def summary(results: List[Result], answers: List[Json]) -> Json:
+        failed = sum(result.failure is not None for result in results)
+        return {"total_tasks": len(results), "completed": len(results) - failed, "failed": failed, "results": answers}
+    return shown_as(told, Several(natives, summary), stream=request.stream)
 
 
 @route("POST", "/api/v1/compare", body=CompareRequest, where="body", answer=CompareAnswer, events=EventLine,
@@ -8727,11 +8841,11 @@ def compare(server: Server, call: Call) -> Answer:
     for index, name in enumerate(request.backends):
         server.known_backend(name, f"body.backends[{index}]")
     allowed_workdir(request.workdir, server.config, "body")
-    tasks = [PromptRequest(backend=name, prompt=request.prompt, model=request.model, workdir=request.workdir,
-                           ephemeral=True, dry_run=request.dry_run or None) for name in request.backends]
-    places = ["body"] * len(tasks)
-    natives = checked(server, call, tasks, places)
-    told = fan_out(len(tasks), starter(server, call, tasks, places), call.stop,
+    tasks = [Placed(PromptRequest(backend=name, prompt=request.prompt, model=request.model, workdir=request.workdir,
+                                  ephemeral=True, dry_run=request.dry_run or None), "body")
+             for name in request.backends]
+    natives = checked(server, call, tasks)
+    told = fan_out(len(tasks), starter(server, call, tasks), call.stop,
                    workers=1 if request.sequential else server.slots.limit, fail_fast=False)
 
     def summary(results: List[Result], answers: List[Json]) -> Json:
@@ -8749,26 +8863,28 @@ def chain(server: Server, call: Call) -> Answer:
     if request.pass_session_id or request.persist_sessions or any("{{session}}" in s.prompt for s in request.steps):
         raise BadRequest("a chain keeps no session: leave out pass_session_id, persist_sessions and {{session}}; "
                          "{{previous}} is the last step's output")
-    places = [f"body.steps[{index}]" for index in range(len(request.steps))]
-    tasks = [ephemeral(step, dry_run=request.dry_run) for step in request.steps]
+    tasks = [Placed(ephemeral(step, dry_run=request.dry_run), f"body.steps[{index}]")
+             for index, step in enumerate(request.steps)]
     if request.pass_working_dir:
-        for index, task in enumerate(tasks[1:], 1):
-            tasks[index] = dataclasses.replace(task, workdir=task.workdir or tasks[index - 1].workdir)
-    natives = checked(server, call, tasks, places)
+        for index, (task, at) in enumerate(tasks[1:], 1):
+            workdir = task.workdir or tasks[index - 1].task.workdir
+            tasks[index] = Placed(dataclasses.replace(task, workdir=workdir), at)
+    natives = checked(server, call, tasks)
 
     def summary(results: List[Result], answers: List[Json]) -> Json:
         failed = [step for step, result in enumerate(results, 1) if result.failure]
         return {"total_steps": len(tasks), "completed_steps": len(results) - len(failed),
                 **({"failed_step": failed[0]} if failed else {}),
-                "results": [{"step": i + 1, "name": tasks[i].name, **answer} for i, answer in enumerate(answers)]}
+                "results": [{"step": number, "name": step.name, **answer}
+                            for number, (step, answer) in enumerate(zip(request.steps, answers), 1)]}
     shown = Several(natives, summary)
 
     def start(index: int, stop: TaskStop) -> Events:
-        step, at = tasks[index], places[index]
-        if index and not is_dry(tasks[index - 1], server.config):
+        step, at = tasks[index]
+        if index and not is_dry(tasks[index - 1].task, server.config):
             prompt = filled(step.prompt, shown.results[index - 1].final, server.config.server.max_output_bytes, at)
             step = dataclasses.replace(step, prompt=prompt)
-        return start_task(server, step, stop, at, call.ran).events
+        return start_task(server, Placed(step, at), stop, call.ran).events
     told = in_turn(len(tasks), start, call.stop, stop_on_failure=request.stop_on_failure)
     return shown_as(told, shown, stream=request.stream)
 
@@ -8791,22 +8907,25 @@ def filled(prompt: str, previous: List[str], limit: int, at: str) -> str:
     return prompt.replace(PREVIOUS, "".join(previous))
 
 
-AnyTask = TypeVar("AnyTask", bound=Task)
+class Placed(NamedTuple):
+    """One of the runs that a request asks for, and where that stands in the body."""
+    task: PromptRequest
+    at: str
 
 
-def ephemeral(task: AnyTask, *, dry_run: bool) -> AnyTask:
+def ephemeral(task: Task, *, dry_run: bool) -> Task:
     """A task of a fan-out, which keeps no session."""
     return dataclasses.replace(task, ephemeral=True, dry_run=True if dry_run else task.dry_run)
 
 
-def checked(server: Server, call: Call, tasks: Sequence[PromptRequest], places: Sequence[str]) -> List[Native]:
-    """A renderer for each task; `places` are where they stand in the body. Raises what is wrong with any of them, a
-    faulty field first, and if the line is full: nothing has run."""
+def checked(server: Server, call: Call, tasks: Sequence[Placed]) -> List[Native]:
+    """A renderer for each task. Raises what is wrong with any of them, a faulty field first, and if the line is full:
+    nothing has run."""
     natives: List[Native] = []
     others: List[ClinvkError] = []
-    for task, at in zip(tasks, places):
+    for task, at in tasks:
         try:
-            started = start_task(server, task, Stop(), at, call.ran)
+            started = start_task(server, Placed(task, at), Stop(), call.ran)
             ignored = [*started.ignored, *(["output_format"] if task.output_format == "stream-json" else [])]
             natives.append(Native(Asked(started.request.model), task.backend, ignored))
         except Invalid:  # it names the field
@@ -8817,29 +8936,21 @@ def checked(server: Server, call: Call, tasks: Sequence[PromptRequest], places: 
             others.append(error)
     if others:
         raise others[0]
-    if not all(is_dry(task, server.config) for task in tasks):
+    if not all(is_dry(task, server.config) for task, _ in tasks):
         server.slots.admit()
     call.stop.allow(server.config.server.request_timeout_secs)
     return natives
 
 
-def start_task(server: Server, task: PromptRequest, stop: Stop, at: str, ran: List[Ran]) -> Started:
-    return server.start(task, stop, at=at, prompt_at=f"{at}.prompt", ran=ran, admitted=True)
+def start_task(server: Server, placed: Placed, stop: Stop, ran: List[Ran]) -> Started:
+    return server.start(placed.task, stop, at=placed.at, prompt_at=f"{placed.at}.prompt", ran=ran, admitted=True)
 
 
-def starter(server: Server, call: Call, tasks: Sequence[PromptRequest], places: Sequence[str]) -> StartTask:
-    return lambda index, stop: start_task(server, tasks[index], stop, places[index], call.ran).events
+def starter(server: Server, call: Call, tasks: Sequence[Placed]) -> StartTask:
+    return lambda index, stop: start_task(server, tasks[index], stop, call.ran).events
 
 
-def shown_as(told: Tolds, shown: Several, *, stream: bool) -> Answer:
-    """The answer of a fan-out, as it happens or at its end."""
-    if stream:
-        first = list(itertools.islice(told, 1))  # by then a run has begun, and the headers can tell how
-        body = shown.stream(itertools.chain(first, told))
-        return Answer(body, content_type=Native.stream_type, headers=UNBUFFERED, close=told.close)
-    with contextlib.closing(told):
-        return Answer(shown.whole(told))
-
+# ---- OpenAI and Anthropic: chats
 
 CHAT_ERRORS = (Invalid, UnknownModel, NotFound, Conflict, BackendAuth, RateLimited, BackendUnavailable, BackendFailed,
                StoreUnavailable, TimedOut, Canceled)
@@ -8916,71 +9027,7 @@ def started_runs(server: Server, call: Call, prompts: List[PromptRequest]) -> Tu
                           fail_fast=True)
 
 
-def alone(events: Events) -> Tolds:
-    """What the only run of a request tells."""
-    with contextlib.closing(events):
-        for event in events:
-            yield Told(0, event)
-
-
-def streamed(told: Tolds, renderer: Renderer, headers: Mapping[str, str], until: Any) -> Answer:
-    """Answer as it comes. Nothing is sent before the first event of `until`, or SILENCE, so that a run which fails at
-    once is an HTTP error here, too."""
-    begun, patience_ends = [], time.monotonic() + SILENCE
-    with closed_on_error(told):
-        for one in told:
-            begun.append(one)
-            if isinstance(one.event, until) or time.monotonic() > patience_ends:
-                break
-            if isinstance(one.event, Failure):
-                raise one.event.error
-    body = renderer.stream(itertools.chain(begun, to_the_end(told)))
-    return Answer(body, content_type=renderer.stream_type, headers={**headers, **UNBUFFERED}, close=told.close)
-
-
-def never_silent(told: Tolds, shown: Tuple[Type[Event], ...]) -> Tolds:
-    """`told`, and a Progress per SILENCE in which nothing has come of what the client is shown."""
-    shown_at = time.monotonic()
-    with contextlib.closing(told):
-        for one in told:
-            if not isinstance(one.event, shown) and time.monotonic() - shown_at >= SILENCE:
-                yield Told(one.task, Progress("running", "nothing of the answer has come"))
-                shown_at = time.monotonic()
-            elif isinstance(one.event, shown):
-                shown_at = time.monotonic()
-            yield one
-
-
-def to_the_end(told: Tolds) -> Iterator[Told]:
-    """`told`, and the end that a stream must have if the run can not even be started."""
-    try:
-        yield from told
-    except ClinvkError as error:
-        yield Told(0, Failure(error))
-        yield Told(0, Done(-1))
-
-
-def collected(told: Tolds, renderer: Renderer, headers: Mapping[str, str], *, fails: bool = False) -> Answer:
-    """Answer in one piece; with `fails`, a failed run is an HTTP error: that of the first which failed."""
-    results = [Result() for _ in range(renderer.asked.answers)]
-    failures: List[ClinvkError] = []
-    with contextlib.closing(told):
-        for index, event in told:
-            results[index].add(event)
-            failures += [event.error] if isinstance(event, Failure) else []
-    if fails and failures:
-        raise failures[0]
-    return Answer(renderer.whole(results), headers=headers)
-
-
-@contextlib.contextmanager
-def closed_on_error(source: Union[Tolds, Answer]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        source.close()
-        raise
-
+# ---- Backends, sessions, health, metrics
 
 @route("GET", "/api/v1/backends", answer=Backends)
 def backends(server: Server, call: Call) -> Answer:
@@ -9085,6 +9132,8 @@ def current_metrics(server: Server) -> Iterator[str]:
     yield gauge("clinvk_runs_waiting", "Runs that wait for a slot.", len(server.slots.waiting))
 
 
+# ---- Models, and how many tokens a request has
+
 def model_names(server: Server) -> List[str]:
     """What a client can choose from: each backend that can run, its aliases and its default model."""
     names: List[str] = []
@@ -9118,12 +9167,12 @@ CODEX_EFFORTS = {"low": "Quick answers", "medium": "Some thinking", "high": "Mor
 
 
 def codex_model(server: Server, name: str, priority: int) -> CodexModel:
-    """codex 0.169.0 refuses the whole list without any of these fields; but for the last two."""
+    """If one of these fields is not there, but for the last two, codex 0.169.0 refuses the whole list."""
     kind = kind_of(backend_of(name, server.config)[0])
     return {"slug": name, "display_name": name, "visibility": "list", "supported_in_api": True, "priority": priority,
             "base_instructions": CODEX_INSTRUCTIONS, "shell_type": "disabled", "experimental_supported_tools": [],
             "supported_reasoning_levels": [{"effort": effort, "description": about}
-                                           for effort, about in CODEX_EFFORTS.items() if effort in kind.EFFORTS],
+                                           for effort, about in CODEX_EFFORTS.items() if effort in kind.efforts],
             "support_verbosity": False, "truncation_policy": {"mode": "tokens", "limit": 10_000},
             "context_window": kind.context_window,
             "input_modalities": ["text", "image"] if kind.shows_images else ["text"]}
@@ -9179,24 +9228,103 @@ def count_tokens(server: Server, call: Call) -> Answer:
     return json_answer(counted, X_Clinvk_Estimate="true")
 
 
+# ---- The ways in
+
 @route("GET", "/", "/anthropic", "/openai/v1", answer=Dict[str, Any])
 def root(server: Server, call: Call) -> Answer:
     """The version and the ways in."""
-    return json_answer({"name": "clinvk", "version": __version__, **ways_in()})
+    return json_answer({"name": "clinvk", "version": __version__, **WAYS_IN})
 
 
-def ways_in() -> Dict[str, List[str]]:
-    """The paths that people are told of, by kind; those of a later version are not among them."""
-    there = {pattern for r in ROUTES for pattern in r.patterns}
-    shown = {"Custom API": ("/api/v1/prompt", "/api/v1/parallel", "/api/v1/chain", "/api/v1/compare"),
-             "OpenAI": ("/openai/v1/models", "/openai/v1/chat/completions"),
-             "Anthropic": ("/anthropic/v1/messages",),
-             "Docs": ("/openapi.json",), "Health": ("/health",)}
-    return {kind: [p for p in paths if p in there] for kind, paths in shown.items() if set(paths) & there}
+# The paths that people are told of, by kind.
+WAYS_IN = {"Custom API": ("/api/v1/prompt", "/api/v1/parallel", "/api/v1/chain", "/api/v1/compare"),
+           "OpenAI": ("/openai/v1/models", "/openai/v1/chat/completions"), "Anthropic": ("/anthropic/v1/messages",),
+           "Docs": ("/openapi.json",), "Health": ("/health",)}
 
 
 # ==== OpenAPI =====================================================================================
 # In: the routes, and the shapes of what they take and answer. Out: OpenAPI 3.1 of this server, and its page.
+
+# ---- What is checked in code. The rules of fields become schemas by themselves; what `problems`, `prompt_request`,
+# `chat_request`, `chain` and Server.continued refuse besides is told here once more, or the document would not be true.
+
+NOT_BLANK = r"[^\s\x1c-\x1f\x85]"  # what str.strip() leaves, also where \s is ECMAScript's
+SOME_TEXT: Json = {"type": "string", "pattern": NOT_BLANK}
+FALSE, ABSENT = {"enum": [False]}, {"enum": [None]}
+# What `image_of` takes. As a regular expression of Python's it needs 400 MB for 9 MB.
+IMAGE_DATA = IMAGE_BEGINS.pattern + "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
+IMAGE_IN_URL: Json = {"pattern": f"^{IMAGE_URL.pattern}{IMAGE_DATA}$"}
+
+
+def words(*allowed: Optional[str]) -> Json:
+    return {"enum": list(allowed)}
+
+
+def with_some(*kinds: Json) -> Json:
+    """A list in which one item is of one of these kinds. Each says what fields it must have, and their schemas."""
+    objects = [{"type": "object", "required": list(fields), "properties": fields} for fields in kinds]
+    return {"contains": {"anyOf": objects}}
+
+
+def text_or_some(*kinds: Json) -> Json:
+    """A text that is not blank, or a list as above."""
+    return {"anyOf": [SOME_TEXT, {"type": "array", **with_some(*kinds)}]}
+
+
+def needs_schema(field: str) -> Json:
+    """An object that has this field, if its form is json_schema."""
+    return {"anyOf": [{"properties": {"type": words("text", "json_object", None)}},
+                      {"required": [field], "properties": {field: {"type": "object"}}}]}
+
+
+def forces_no_tool(choice: Json) -> Json:
+    """An object without tools, or whose `tool_choice` fits."""
+    return {"anyOf": [{"properties": {"tool_choice": choice}}, {"properties": {"tools": {"maxItems": 0}}}]}
+
+
+REFUSAL: Json = {"type": words("refusal"), "refusal": SOME_TEXT}
+SPEAKS = words("user", "assistant", "tool", "function")
+FREE_CHOICE = words("auto", "none", None)
+ONE_SESSION: Json = {"not": {"required": ["session_id", "ephemeral"], "properties": {
+    "session_id": {"type": "string"}, "ephemeral": {"enum": [True]}}}}
+# Model -> field, or "" for the model itself -> JSON Schema.
+CHECKED_IN_CODE: Dict[Any, Dict[str, Json]] = {
+    PromptRequest: {"": ONE_SESSION},
+    AgentOptions: {"": ONE_SESSION},
+    ChainRequest: {"pass_session_id": FALSE, "persist_sessions": FALSE},
+    ImageURL: {"url": IMAGE_IN_URL},
+    InputImage: {"image_url": IMAGE_IN_URL},
+    ImageSource: {"": {"allOf": [{"required": ["data"], "properties": {"data": {"type": "string"}}}]},
+                  "type": words("base64"), "data": {"pattern": f"^{IMAGE_DATA}$"}},
+    Format: {"": needs_schema("schema")},
+    ResponseFormat: {"": needs_schema("json_schema")},
+    ChatRequest: {
+        "": forces_no_tool(FREE_CHOICE), "logprobs": FALSE,
+        "messages": with_some(
+            {"role": SPEAKS, "content": text_or_some({"type": words("text"), "text": SOME_TEXT}, REFUSAL,
+                                                     {"type": words("image_url")})},
+            {"role": SPEAKS, "refusal": SOME_TEXT}, {"role": words("tool", "function")},
+            {"role": SPEAKS, "tool_calls": {"type": "array", "minItems": 1}})},
+    CompletionRequest: {
+        "": {"anyOf": [{"properties": {"prompt": {"anyOf": [SOME_TEXT, {"type": "array", "items": SOME_TEXT}]}}},
+                       {"required": ["suffix"], "properties": {"suffix": {"type": "string", "minLength": 1}}}]},
+        "prompt": {"minItems": 1}, "logprobs": ABSENT, "best_of": {"maximum": 1}},
+    ResponsesRequest: {
+        "": forces_no_tool(FREE_CHOICE), "previous_response_id": ABSENT, "conversation": ABSENT, "background": FALSE,
+        "input": text_or_some({
+            "role": words("user", "assistant"), "type": words("message", None),
+            "content": text_or_some({"type": words("input_text", "output_text", "text"), "text": SOME_TEXT}, REFUSAL,
+                                    {"type": words("input_image")})})},
+    MessagesRequest: {
+        "": forces_no_tool({"properties": {"type": FREE_CHOICE}}),
+        "messages": {**with_some({"role": words("user", "assistant"), "content": text_or_some(
+            {"type": words("text"), "text": SOME_TEXT},
+            {"type": words("image", "tool_use", "tool_result", "document", "search_result")})}), "prefixItems": [
+                {"$ref": "#/components/schemas/MessageParam",
+                 "properties": {"role": words("user", "system")}}]}}}
+
+
+# ---- Models and answers as JSON Schema
 
 class Schemas:
     """JSON Schema of models, which check requests, and of answers; each once, under its name."""
@@ -9205,32 +9333,30 @@ class Schemas:
         self.backends = list(backends)  # that can be asked for
         self.named: Dict[str, Json] = {}
 
-    def of(self, kind: Any, rules: Mapping[str, Any]) -> Json:
-        """`rules` are those of a model's field; {} for an answer."""
+    def of(self, kind: Any, rules: Optional[FieldRules] = None, **more: Any) -> Json:
+        """`rules` are those of a model's field, `more` what CHECKED_IN_CODE has of it; answers have neither."""
         origin, inner = get_origin(kind), get_args(kind)
-        within = {**rules, "not_empty": False, "shape": {}} if rules else {}
+        within = rules._replace(not_empty=False) if rules else None
         if origin is Annotated:
-            more = [note if isinstance(note, dict) else {"description": note} for note in inner[1:]]
-            return {**self.of(inner[0], rules), **{name: value for note in more for name, value in note.items()}}
+            notes = [note if isinstance(note, dict) else {"description": note} for note in inner[1:]]
+            return {**self.of(inner[0], rules), **{name: value for note in notes for name, value in note.items()}}
         if origin is Union:
-            return self.one_of(inner, rules)
+            return self.one_of(inner, rules, **more)
         if origin is Literal:
             return {"type": JSON_NAMES[type(inner[0])], "enum": list(inner)}
         if origin is list:
-            bounds = {"minItems": 1 if rules.get("not_empty") else None, "maxItems": rules.get("longest")}
-            return {"type": "array", "items": self.of(inner[0], within), **without_empty(bounds),
-                    **rules.get("shape", {})}
+            return {"type": "array", "items": self.of(inner[0], within), **list_rules(rules), **more}
         if origin is dict:
-            return {"type": "object", "additionalProperties": self.of(inner[1], within), **rules.get("shape", {})}
-        if rules.get("names_backend") and self.backends:
+            return {"type": "object", "additionalProperties": self.of(inner[1], within), **more}
+        if rules and rules.names_backend and self.backends:
             return {"type": "string", "enum": self.backends}
         if kind in JSON_NAMES:
-            return {"type": JSON_NAMES[kind], **scalar_rules(kind, rules), **rules.get("shape", {})}
-        return dict(rules.get("shape", {})) if kind is Any else self.reference(kind)
+            return {"type": JSON_NAMES[kind], **scalar_rules(kind, rules), **more}
+        return more if kind is Any else self.reference(kind)
 
-    def one_of(self, kinds: Sequence[Any], rules: Mapping[str, Any]) -> Json:
+    def one_of(self, kinds: Sequence[Any], rules: Optional[FieldRules], **more: Any) -> Json:
         """Of a Union. In a model None says that the field may be left out."""
-        shown = [self.of(kind, rules) for kind in kinds if kind is not type(None)]
+        shown = [self.of(kind, rules, **more) for kind in kinds if kind is not type(None)]
         schema = shown[0] if len(shown) == 1 else {"anyOf": shown}
         return schema if rules or type(None) not in kinds else or_null(schema)
 
@@ -9244,33 +9370,34 @@ class Schemas:
         fields = wire_fields(kind) if dataclasses.is_dataclass(kind) else {}
         if fields:
             closed = {} if issubclass(kind, Open) else {"additionalProperties": False}
-            shown = {"properties": {name: self.field(field) for name, field in fields.items()},
+            checked = CHECKED_IN_CODE.get(kind, {})
+            shown = {"properties": {name: self.field(field, **checked.get(name, {})) for name, field in fields.items()},
                      "required": [name for name, field in fields.items() if field.required],
-                     **closed, **getattr(kind, "SHAPE", {})}
+                     **closed, **checked.get("", {})}
         else:
             hints = get_type_hints(kind, include_extras=True)
-            shown = {"properties": {name: self.of(hint, {}) for name, hint in hints.items()},
+            shown = {"properties": {name: self.of(hint) for name, hint in hints.items()},
                      "required": [name for name in hints if name in getattr(kind, "__required_keys__", hints)]}
         about = without_empty({"description": inspect.cleandoc(kind.__doc__ or "")})
         return {"type": "object", **about, **shown}
 
-    def field(self, field: WireField) -> Json:
+    def field(self, field: WireField, **more: Any) -> Json:
         """Of a field of a model: null means that it is not there."""
-        schema = self.of(field.kind, field.rules)
+        schema = self.of(field.kind, field.rules, **more)
         default = field.default if type(field.default) in JSON_NAMES and field.default != "" else None
-        about = without_empty({"description": field.rules["doc"], "default": default})
+        about = without_empty({"description": field.rules.doc, "default": default})
         return {**(schema if field.required else or_null(schema)), **about}
 
     def event(self, entry: Route) -> Json:
         """What a stream of that route is made of."""
         if entry.events is EventLine:
             return self.line(entry.answer)
-        event = server_sent_schema(self.of(entry.events, {}))
+        event = server_sent_schema(self.of(entry.events))
         return {"anyOf": [event, LAST_OF_OPENAI]} if entry.answer in (ChatCompletion, TextCompletion) else event
 
     def line(self, answer: Any) -> Json:
         """A line of /api/v1's streams: an event, or at the end of a fan-out the whole answer."""
-        kinds = [with_fields(self.object(EventLine), type=one_word(name), content=self.of(content, {}))
+        kinds = [with_fields(self.object(EventLine), type=one_word(name), content=self.of(content))
                  for name, content in EVENT_CONTENTS.items()]
         self.named["Event"] = {"oneOf": kinds}
         last = with_fields(self.object(answer), type=one_word("summary"), sequence={"type": "integer"})
@@ -9303,18 +9430,22 @@ def or_null(schema: Json) -> Json:
     return nullable
 
 
-def scalar_rules(kind: Any, rules: Mapping[str, Any]) -> Json:
-    """What `text_fault` and `number_fault` check."""
+def list_rules(rules: Optional[FieldRules]) -> Json:
+    """What the Checker's `items` checks."""
+    return without_empty({"minItems": 1 if rules.not_empty else None, "maxItems": rules.longest}) if rules else {}
+
+
+def scalar_rules(kind: Any, rules: Optional[FieldRules]) -> Json:
+    """What `text_problem` and `number_problem` check."""
     if not rules:
         return {}
-    if rules["choices"]:
-        return {"enum": list(rules["choices"])}
-    begins = "(?!-)" if rules["flag_value"] else "/" if rules["directory"] and os.name != "nt" else ""
-    pattern = NOT_BLANK if rules["not_blank"] else "" if rules["free_text"] else f"^{begins}[^\\x00]*$"
-    text = {"pattern": pattern, "minLength": 1 if rules["not_empty"] else None,
-            "format": "directory" if rules["directory"] else None} if kind is str else {}
-    return without_empty({**text, "minimum": rules["minimum"], "maximum": rules["maximum"],
-                          "exclusiveMinimum": rules["above"]})
+    if rules.choices:
+        return {"enum": list(rules.choices)}
+    begins = "(?!-)" if rules.flag_value else "/" if rules.directory and os.name != "nt" else ""
+    pattern = NOT_BLANK if rules.not_blank else "" if rules.free_text else f"^{begins}[^\\x00]*$"
+    text = {"pattern": pattern, "minLength": 1 if rules.not_empty else None,
+            "format": "directory" if rules.directory else None} if kind is str else {}
+    return without_empty({**text, "minimum": rules.minimum, "maximum": rules.maximum, "exclusiveMinimum": rules.above})
 
 
 HEADERS = {
@@ -9374,7 +9505,7 @@ def operation(entry: Route, schemas: Schemas, config: Config) -> Json:
 def parameters(entry: Route, schemas: Schemas) -> List[Json]:
     """Those in the path and in the query."""
     in_path = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
-    in_query = [{"name": name, "in": "query", **without_empty({"description": field.rules["doc"]}),
+    in_query = [{"name": name, "in": "query", **without_empty({"description": field.rules.doc}),
                  "schema": or_empty(schemas.of(field.kind, field.rules))}
                 for name, field in (wire_fields(entry.query) if entry.query else {}).items()]
     return [*(in_path if "{id}" in entry.path else []), *in_query]
@@ -9395,8 +9526,8 @@ def responses_of(entry: Route, style: Type[Renderer], schemas: Schemas, *, guard
         errors.setdefault(style.status(error), []).append(error)
     shown = {str(status): error_of(sorted(kinds, key=lambda kind: kind.__name__), style, schemas)
              for status, kinds in sorted(errors.items())}
-    content: Json = {entry.answer: {"schema": {"type": "string"}}} if isinstance(entry.answer, str) else \
-        {JSON_TYPE: {"schema": schemas.of(entry.answer, {})}}
+    content: Json = {entry.answer: {"schema": {"type": "string"}}} if isinstance(entry.answer, str) else {
+        JSON_TYPE: {"schema": schemas.of(entry.answer)}}
     if entry.events:
         content[style.stream_type] = {"schema": schemas.event(entry)}
     answer = {"description": "The answer.", "headers": header_objects(*OF_ALL, *entry.headers), "content": content}
@@ -9420,7 +9551,7 @@ def error_of(kinds: Sequence[Type[ClinvkError]], style: Type[Renderer], schemas:
             *(["x-should-retry"] if asked else [])]
     return {"description": " ".join(inspect.cleandoc(kind.__doc__ or "") for kind in kinds),
             "headers": header_objects(*OF_ALL, *told),
-            "content": {style.error_type: {"schema": schemas.reference(style.error_answer)}}}
+            "content": {style.error_type: {"schema": schemas.reference(style.error_shape)}}}
 
 
 def header_objects(*names: str) -> Json:
@@ -9598,6 +9729,7 @@ def final_of(head: Head) -> Optional[Final]:
 
 
 def answered(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
+    """The endpoint's answer, if the guards let the request in. Raises ClinvkError."""
     server.rate_limit.check(server.config, head)
     for guard in GUARDS:
         guard(server.config, head)
@@ -9752,7 +9884,8 @@ def pattern_of(path: str) -> str:
         return "unmatched"
 
 
-# ---- Connections: what waitress does not do
+# ==== Connections =================================================================================
+# In: a Server. Out: a listening socket and what comes through it: waitress, and what that does not do by itself.
 
 class PatientTask(waitress.task.WSGITask):
     """Waits for a client that reads a stream slowly, but no longer than its run may take: waitress would wait for ever.
@@ -9801,22 +9934,22 @@ class RefusedEarly(waitress.task.ErrorTask):
             request_ended(server, head, answer.status, request_id, began)
 
 
-def early_error(fault: Any, adj: Any) -> ClinvkError:
+def early_error(error: Any, adj: Any) -> ClinvkError:
     """An error of ours as it is, one of waitress's as ours."""
-    if isinstance(fault, ClinvkError):
-        return fault
-    if fault.code == 413:
+    if isinstance(error, ClinvkError):
+        return error
+    if error.code == 413:
         return TooLarge(too_large(adj.max_request_body_size // READ_ANYWAY))
-    if fault.code == 431:
+    if error.code == 431:
         return HeadTooLarge(f"the request line and the headers are {adj.max_request_header_size} bytes or more; send "
                             "less")
-    if fault.code == 501:  # as a 400: SDKs repeat a 501
+    if error.code == 501:  # as a 400: SDKs repeat a 501
         return BadRequest("no Transfer-Encoding but chunked is taken: send the body in chunks, or with a "
                           "Content-Length")
-    if fault.code == 500:
+    if error.code == 500:
         return Defect("clinvk could not answer; its log tells more")
-    what, _, _ = fault.body.partition(' "')  # then comes the line itself, in which there may be a key
-    return BadRequest(f"{fault.reason}: {what}")
+    what, _, _ = error.body.partition(' "')  # then comes the line itself, in which there may be a key
+    return BadRequest(f"{error.reason}: {what}")
 
 
 class Parser(waitress.parser.HTTPRequestParser):
@@ -9878,10 +10011,8 @@ class Channel(waitress.channel.HTTPChannel):
     def check_client_disconnected(self) -> bool:
         """A worker asks. The socket itself is looked at: waitress does not while further requests wait in it."""
         if self.connected and hasattr(select, "poll"):
-            poll = select.poll()
             with contextlib.suppress(OSError, ValueError, AttributeError):  # it is being closed just now
-                poll.register(self.socket.fileno(), self.HANG_UP)
-                return bool(poll.poll(0))
+                return is_ready(self.socket.fileno(), self.HANG_UP)
         return not self.connected
 
     @property
@@ -10002,7 +10133,7 @@ def held_by_kernel(connection: socket.socket) -> int:
     """How many bytes that were sent the other side has not acknowledged; 0 where nobody tells."""
     try:
         if sys.platform == "linux":
-            return int.from_bytes(fcntl.ioctl(connection.fileno(), 0x5411, bytes(4)), sys.byteorder)  # SIOCOUTQ
+            return int.from_bytes(fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         if sys.platform == "darwin":
             return int(connection.getsockopt(socket.SOL_SOCKET, 0x1024))  # SO_NWRITE
     except (OSError, ValueError):  # it is being closed just now
@@ -10064,11 +10195,7 @@ class Listener(waitress.server.TcpWSGIServer):
 
     def has_somebody_waiting(self) -> bool:
         """Without a free descriptor, accept() itself does not even look."""
-        if not hasattr(select, "poll"):
-            return False
-        poll = select.poll()
-        poll.register(self.socket.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
+        return hasattr(select, "poll") and is_ready(self.socket.fileno(), select.POLLIN)
 
     def accept(self) -> Any:
         try:
@@ -10267,7 +10394,7 @@ def addresses_of(listening: Any) -> List[Tuple[str, int]]:
 def announce(config: Config, listening: Any) -> None:
     host, port = addresses_of(listening)[0]
     shown = f"[{host}]" if ":" in host else host
-    endpoints = [f"  {kind + ':':<15} {', '.join(paths)}" for kind, paths in ways_in().items()]
+    endpoints = [f"  {kind + ':':<15} {', '.join(paths)}" for kind, paths in WAYS_IN.items()]
     tell("\n".join([f"clinvk API server starting on http://{shown}:{port}\n\nAvailable endpoints:", *endpoints,
                     "\nPress Ctrl+C to stop"]))
     for warning in warnings_of(config, [host for host, _ in addresses_of(listening)]):
