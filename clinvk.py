@@ -2818,6 +2818,9 @@ def child_environ(config: Config, name: str, **more: str) -> Dict[str, str]:
 UNMISTAKABLE = 8  # characters from which on a key is not found in a text by chance
 
 
+OWN_HOSTS = re.compile(r"(.+\.)?localhost|ip6-localhost|ip6-loopback|127\.[0-9.]+|0\.0\.0\.0|::1?|::ffff:7f.*")
+
+
 def is_own_url(url: str, config: Config) -> bool:
     """Whether a URL points at this server: a CLI that took it for its provider would call us back, and so on."""
     try:
@@ -2825,8 +2828,9 @@ def is_own_url(url: str, config: Config) -> bool:
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         return False
-    own = ("localhost", "127.0.0.1", "::1", "0.0.0.0", config.server.host.lower())
-    return parts.hostname in own and port == config.server.port
+    host = (parts.hostname or "").rstrip(".")
+    is_own = host == config.server.host.lower() or OWN_HOSTS.fullmatch(host)
+    return bool(is_own) and port == config.server.port
 
 
 def command_of(name: str, config: Config) -> List[str]:
@@ -10388,7 +10392,8 @@ def refused(message: str) -> int:
 
 def addresses_of(listening: Any) -> List[Tuple[str, int]]:
     """Host and port; a name such as localhost may have several."""
-    return getattr(listening, "effective_listen", None) or [(listening.effective_host, listening.effective_port)]
+    listened = getattr(listening, "effective_listen", None) or [(listening.effective_host, listening.effective_port)]
+    return [(host, int(port)) for host, port in listened]  # waitress has them as text
 
 
 def announce(config: Config, listening: Any) -> None:

@@ -178,6 +178,16 @@ def test_it_starts_in_any_folder_without_a_home(pyz: Path, tmp_path: Path) -> No
     assert [path.name for path in folder.iterdir()] == [server.stderr_file.name]
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST.", "127.1.2.3", "[::1]"])
+def test_a_base_url_that_points_at_the_server_itself_is_not_in_a_cli(serve: Callable[..., Served], host: str) -> None:
+    """A shell in which claude is to use clinvk may start clinvk, too: each claude would call it, and so on."""
+    port, config = free_port(), {"backends": {"shown": {"command": "env"}}}
+    urls = {"ANTHROPIC_BASE_URL": f"http://{host}:{port}/anthropic", "OPENAI_BASE_URL": f"http://{host}:{port + 1}/v1"}
+    server = serve("--port", str(port), config=config, **urls)
+    told = server.call("POST", "/api/v1/prompt", {"backend": "shown", "prompt": "x"}).json["output"]
+    assert [line for line in told.splitlines() if "BASE_URL" in line] == [f"OPENAI_BASE_URL={urls['OPENAI_BASE_URL']}"]
+
+
 def test_two_servers_share_one_home(serve: Callable[..., Served]) -> None:
     first, second = serve(), serve()
     for server in (first, second):
