@@ -447,11 +447,11 @@ def test_nothing_runs_on_for_a_client_that_has_left(quiet: Cli, name: str) -> No
         {"model": quiet.name, "max_tokens": 100, "messages": user(prompt), "stream": stream}
     connection = quiet.served.connection()
     connection.request("POST", path, json.dumps(body), {**JSON_TYPE, "X-Api-Key": KEY})
-    eventually(lambda: quiet.lab.asked, 60)
+    eventually(lambda: quiet.lab.asked)
     answer = connection.getresponse() if stream else None
     assert answer is None or answer.readline()
     if "!tool" in prompt:
-        eventually(lambda: any(line.startswith("tail\0") for line in quiet.command_lines()), 60)
+        eventually(lambda: any(line.startswith("tail\0") for line in quiet.command_lines()))
     assert quiet.processes()
     for one in filter(None, (answer, connection)):
         one.close()

@@ -264,7 +264,7 @@ def test_fail_fast_leaves_no_process_of_the_others(lab: Lab, pyz: Path, tmp_path
     def versions() -> List[str]:
         listed = failing.served.call("GET", "/api/v1/backends", x_api_key=KEY).json["backends"]
         return [backend["version"] for backend in listed if backend["name"] in ("claude", "codex", "gemini")]
-    eventually(lambda: all(versions()) and not failing.processes(), 30)  # else CLIs are asked for them in between
+    eventually(lambda: all(versions()) and not failing.processes())  # else CLIs are asked for them in between
     tasks = [{"backend": name, "prompt": "!hang"} for name in ("claude", "codex", "gemini")]
     body = {"tasks": [*tasks, {"backend": "broken", "prompt": "x"}], "max_parallel": 4, "fail_fast": True}
     answer = failing.served.call("POST", "/api/v1/parallel", body, x_api_key=KEY).json

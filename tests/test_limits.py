@@ -411,7 +411,7 @@ def unread(server: Served) -> Tuple[Wire, int]:
     length = taken_by_the_kernel() + 500_000
     asked = json.dumps({"backend": "echo", "prompt": length * "x"}).encode()
     wire = Wire(server, post(NATIVE, f"Content-Length: {len(asked)}", body=asked), receive_buffer=SMALL)
-    eventually(lambda: f"POST {NATIVE} 200" in server.stderr, 20)  # logged when the server is done with it
+    eventually(lambda: f"POST {NATIVE} 200" in server.stderr)  # logged when the server is done with it
     return wire, length
 
 
@@ -454,7 +454,7 @@ def test_when_the_time_of_a_run_is_up_its_client_is_not_waited_for(serve: Serve,
                            "backends": {"own": {"command": fake_cli("while True: print(65536 * 'x')")}}})
     asked = json.dumps({"backend": "own", "prompt": "p", "output_format": "stream-json", "timeout_secs": 1}).encode()
     wire = Wire(server, post(NATIVE, f"Content-Length: {len(asked)}", body=asked), receive_buffer=SMALL)
-    eventually(lambda: f"POST {NATIVE} 200" in server.stderr, 20)
+    eventually(lambda: f"POST {NATIVE} 200" in server.stderr)
     eventually(lambda: connections(server) == 0, LATE)
     wire.socket.close()
 
@@ -528,7 +528,7 @@ def test_without_a_free_descriptor_nothing_spins_and_the_next_one_gets_in(
         wire.until(b'"runs"')
     asked = json.dumps({"backend": "own", "prompt": "p"}).encode()
     running = [Wire(server, post(NATIVE, f"Content-Length: {len(asked)}", body=asked)) for _ in range(2)]
-    eventually(lambda: len(list(tmp_path.glob("started-*"))) == 2, 20)
+    eventually(lambda: len(list(tmp_path.glob("started-*"))) == 2)
     eventually(lambda: connections(server) == 4)
 
     allow(next_descriptor(server))

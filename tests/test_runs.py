@@ -90,7 +90,7 @@ class Stage:
 
     def await_note(self, name: str) -> int:
         """The process that says so."""
-        eventually(lambda: self.noted(name), 20)
+        eventually(lambda: self.noted(name))
         return int((self.folder / name).read_text())
 
     def allow(self, name: str) -> None:
@@ -521,7 +521,7 @@ def test_a_run_is_ended_in_time_though_its_client_reads_nothing(stage: Stage) ->
 def test_a_client_that_takes_nothing_of_a_finished_answer_is_dropped_in_time(stage: Stage) -> None:
     server = stage.start("say('x' * 20_000_000)", write_timeout_secs=1)
     asking = Asking(server)
-    eventually(lambda: "POST /api/v1/prompt" in server.stderr, 20)  # logged when the server is done with it
+    eventually(lambda: "POST /api/v1/prompt" in server.stderr)  # logged when the server is done with it
     asking.leave()
 
 
@@ -633,12 +633,12 @@ def test_runs_wait_in_the_order_in_which_they_came(stage: Stage) -> None:
     for number in range(12):
         asked.append(Asking(server, APIS[number % 3], f"{number:02}", stream=number % 2 == 0))
         stage.await_runs(active=min(2, number + 1), waiting=max(0, number - 1))
-        eventually(lambda: len(stage.order) == min(2, len(asked)), 20)
+        eventually(lambda: len(stage.order) == min(2, len(asked)))
     assert stage.runs() == {"active": 2, "waiting": 10, "limit": 2}
     for number, asking in enumerate(asked):
         stage.allow(f"go-{number:02}")
         assert asking.text() == f"{number:02}"
-        eventually(lambda served=number + 1: len(stage.order) == min(12, served + 2), 20)
+        eventually(lambda served=number + 1: len(stage.order) == min(12, served + 2))
     assert stage.order == [f"{number:02}" for number in range(12)]
 
 
@@ -737,7 +737,7 @@ def silence(pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dic
         waiting = Asking(server, stream=True, timeout_secs=11)
         signs = {"native": b'"progress"', "openai": b": keepalive", "anthropic": b'"ping"'}
         read = {api: asked[api].until(signs[api]) for api in APIS}
-        eventually(lambda: server.call("GET", "/health").json["runs"]["waiting"] == 0, 20)
+        eventually(lambda: server.call("GET", "/health").json["runs"]["waiting"] == 0)
         (folder / "go").touch()
         yield {"waiting": (waiting, b""), **{api: (asked[api], read[api]) for api in APIS}}
     finally:

@@ -105,7 +105,7 @@ def told(folder: Path) -> List[Dict[str, Any]]:
 
 
 def await_told(folder: Path, times: int = 1) -> Dict[str, Any]:
-    eventually(lambda: len(told(folder)) == times, 20)
+    eventually(lambda: len(told(folder)) == times)
     return told(folder)[-1]
 
 
@@ -830,7 +830,7 @@ def test_sigterm_in_mid_run_stores_the_session_and_leaves_no_process(
     server = serve(config=scripted)
     for backend in ("it", "claude"):
         meanwhile(ask, server, "hold family", backend, **fields)
-    eventually(lambda: len(told(tmp_path)) == 2, 20)
+    eventually(lambda: len(told(tmp_path)) == 2)
     assert server.stop() == 0
     assert alive([pid for run in told(tmp_path) for pid in run["family"]]) == []
     assert sql(database, "SELECT status FROM sessions") == [("error",), ("error",)]
