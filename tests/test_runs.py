@@ -341,7 +341,7 @@ def test_of_a_flood_on_stderr_the_end_is_kept(stage: Stage) -> None:
 def test_what_a_cli_writes_to_stderr_after_it_closed_stdout_is_told(
         make_client: Callable[..., Client], fake_cli: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert clinvk.Child.LAST_WORDS >= 1
-    monkeypatch.setattr(clinvk.Child, "LAST_WORDS", 60.0)  # a busy machine may take longer for the 0.3 s
+    monkeypatch.setattr(clinvk.Child, "LAST_WORDS", 20.0)  # a busy machine may take longer for the 0.3 s
     script = "os.close(1)\ntime.sleep(0.3)\nsys.exit(print('no such planet', file=sys.stderr) or 3)"
     client = make_client({"backends": {"it": {"command": fake_cli(script)}}})
     reply = client.call("POST", "/api/v1/prompt", {"backend": "it", "prompt": "hello"})
@@ -415,7 +415,7 @@ def test_processes_that_ignore_a_sigterm_are_killed(stage: Stage, then: str) -> 
 def test_a_cli_and_its_tools_may_clean_up_and_are_told_once(
         stage: Stage, make_client: Callable[..., Client], monkeypatch: pytest.MonkeyPatch) -> None:
     assert clinvk.GRACE >= 1.5
-    monkeypatch.setattr(clinvk, "GRACE", 60.0)  # a busy machine may take longer for the 0.3 s
+    monkeypatch.setattr(clinvk, "GRACE", 20.0)  # a busy machine may take longer for the 0.3 s
     script = PRELUDE.format(here=str(stage.folder)) + """
 def clean_up(number, frame):
     append(name)
