@@ -57,8 +57,9 @@ def interpreter(version: str) -> str:
     pytest.skip(f"no Python {version} on this machine")
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """What `condition` gives once that is true; fails if it is not within `seconds`, on a machine however busy."""
+def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """What `condition` gives once that is true; fails if it is not within `seconds`, on a machine however busy. What a
+    test waits for must not come by itself until then."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         found = condition()
@@ -193,10 +194,10 @@ class Served:
     def stderr(self) -> str:
         return self.stderr_file.read_text()
 
-    def connection(self, timeout: float = 60) -> http.client.HTTPConnection:
+    def connection(self, timeout: float = 120) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self.host.strip("[]"), self.port, timeout=timeout)
 
-    def call(self, method: str, path: str, body: Any = None, timeout: float = 60, **headers: str) -> Reply:
+    def call(self, method: str, path: str, body: Any = None, timeout: float = 120, **headers: str) -> Reply:
         """`body` is sent as JSON, or as it is if it is bytes; `x_api_key=` sends X-Api-Key."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         given = {"Content-Type": "application/json"} if data is not None else {}
@@ -208,7 +209,7 @@ class Served:
 
     def raw(self, sent: bytes) -> Reply:
         """The answer to bytes, as they come back; the status is 0 if there is none."""
-        with socket.create_connection((self.host, self.port), timeout=20) as connection:
+        with socket.create_connection((self.host, self.port), timeout=120) as connection:
             connection.sendall(sent)
             head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")

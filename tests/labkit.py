@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
@@ -128,11 +127,10 @@ def environment(home: Path, stub: str, programs: str) -> Dict[str, str]:
 
 
 class Answer(NamedTuple):
-    """An answer of any API. `pieces` are its texts as they came, at `times`; a whole answer is one piece."""
+    """An answer of any API. `pieces` are its texts as they came; a whole answer is one piece."""
     pieces: List[str]
     thinking: str
     usage: Json
-    times: List[float]
 
     @property
     def text(self) -> str:
@@ -156,8 +154,8 @@ class Cli:
         around = {**environment(self.home, lab.url, programs), **environ}
         command = [sys.executable, str(pyz), "serve", "--port", "0", "--config", str(folder / "config.yaml")]
         self.served = Served(command, self.workdir, {k: v for k, v in around.items() if v is not None})
-        self.openai = openai.OpenAI(base_url=self.served.url + "/openai/v1", api_key=KEY, timeout=60)
-        self.anthropic = anthropic.Anthropic(base_url=self.served.url + "/anthropic", api_key=KEY, timeout=60)
+        self.openai = openai.OpenAI(base_url=self.served.url + "/openai/v1", api_key=KEY, timeout=300)
+        self.anthropic = anthropic.Anthropic(base_url=self.served.url + "/anthropic", api_key=KEY, timeout=300)
 
     def close(self) -> None:
         self.openai.close()
@@ -209,48 +207,41 @@ class Cli:
     def native(self, prompt: str, **fields: Any) -> Answer:
         answer = self.prompt(prompt, **fields).json
         assert answer["exit_code"] == 0, answer
-        return Answer([answer["output"]], "", answer["token_usage"], [])
+        return Answer([answer["output"]], "", answer["token_usage"])
 
     def native_stream(self, prompt: str, **fields: Any) -> Answer:
-        events, times = [], []
-        for event in self.events(prompt, **fields):
-            times += [time.monotonic()] if event["type"] == "message" else []
-            events.append(event)
+        events = list(self.events(prompt, **fields))
         said = {kind: [e["content"]["text"] for e in events if e["type"] == kind] for kind in ("message", "thinking")}
-        return Answer(said["message"], "".join(said["thinking"]), events[-1]["content"]["token_usage"], times)
+        return Answer(said["message"], "".join(said["thinking"]), events[-1]["content"]["token_usage"])
 
     def openai_whole(self, prompt: str, **fields: Any) -> Answer:
         asked = {"model": self.name, "messages": user(prompt), **fields}
         answer = self.openai.chat.completions.create(**asked)
         message = answer.choices[0].message
-        return Answer([message.content], getattr(message, "reasoning_content", ""), answer.usage.model_dump(), [])
+        return Answer([message.content], getattr(message, "reasoning_content", ""), answer.usage.model_dump())
 
     def openai_stream(self, prompt: str, **fields: Any) -> Answer:
-        pieces, thoughts, times, usage = [], [], [], {}
+        pieces, thoughts, usage = [], [], {}
         asked = {"model": self.name, "messages": user(prompt), "stream_options": {"include_usage": True}, **fields}
         with self.openai.chat.completions.create(stream=True, **asked) as stream:
             for chunk in stream:
                 usage = chunk.usage.model_dump() if chunk.usage else usage
                 for delta in (choice.delta for choice in chunk.choices):
                     pieces += [delta.content] if delta.content else []
-                    times += [time.monotonic()] if delta.content else []
                     thoughts.append(getattr(delta, "reasoning_content", None) or "")
-        return Answer(pieces, "".join(thoughts), usage, times)
+        return Answer(pieces, "".join(thoughts), usage)
 
     def anthropic_whole(self, prompt: str, **fields: Any) -> Answer:
         asked = {"model": self.name, "max_tokens": 1000, "messages": user(prompt), **fields}
         return of_message(self.anthropic.messages.create(**asked))
 
     def anthropic_stream(self, prompt: str, **fields: Any) -> Answer:
-        pieces, times = [], []
         asked = {"model": self.name, "max_tokens": 1000, "messages": user(prompt), **fields}
         with self.anthropic.messages.stream(**asked) as stream:
-            for text in stream.text_stream:
-                pieces.append(text)
-                times.append(time.monotonic())
+            pieces = list(stream.text_stream)
             told = of_message(stream.get_final_message())
         assert told.text == "".join(pieces)
-        return Answer(pieces, told.thinking, told.usage, times)
+        return Answer(pieces, told.thinking, told.usage)
 
 
 WAYS: Dict[str, Callable[..., Answer]] = {
@@ -269,7 +260,7 @@ def of_message(message: Any) -> Answer:
     """What one of Anthropic's messages holds."""
     said = [block.text for block in message.content if block.type == "text"]
     thought = [block.thinking for block in message.content if block.type == "thinking"]
-    return Answer(said, "".join(thought), message.usage.model_dump(), [])
+    return Answer(said, "".join(thought), message.usage.model_dump())
 
 
 def at_once(calls: List[Callable[[], Any]]) -> List[Any]:

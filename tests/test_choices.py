@@ -16,7 +16,7 @@ either = pytest.mark.parametrize("path, stream", [(CHAT, False), (CHAT, True), (
 # Each process takes the next number, and prints the pieces that the file answers has for it: a number is a pause until
 # there is a file go-NUMBER, null is a failure, anything else is text.
 CLI = """
-HERE, number, ends = %r, 0, time.monotonic() + 30
+HERE, number, ends = %r, 0, time.monotonic() + 600
 while True:
     try:
         os.mkdir(f"{HERE}/run-{number:02}")
@@ -139,7 +139,7 @@ def test_one_answer_that_fails_is_an_error_and_ends_the_others(stage: Stage, pat
         asked = pool.submit(stage.post, path, n=2, stream=stream)
         eventually(lambda: len(stage.told) == 2)
         stage.go(0)
-        reply = asked.result(20)  # the other one would take 30 s
+        reply = asked.result(60)  # the other one would take ten minutes
     assert (reply.status, reply.headers["x-should-retry"]) == (502, "false") and "it broke" in fault(reply, "openai")
     eventually(lambda: not alive([told["pid"] for told in stage.told]))
 
@@ -151,7 +151,7 @@ def test_one_that_fails_in_mid_stream_is_an_error_there_and_ends_the_others(stag
         asked = pool.submit(stage.post, path, n=2, stream=True)
         eventually(lambda: len(stage.told) == 2)
         stage.go(0)
-        reply = asked.result(20)
+        reply = asked.result(60)
     assert reply.status == 200 and b"Hel" in reply.body and b"never" not in reply.body and b"[DONE]" not in reply.body
     assert reply.data[-1]["error"]["code"] == "backend_failed" and "it broke" in reply.data[-1]["error"]["message"]
     eventually(lambda: not alive([told["pid"] for told in stage.told]))
@@ -181,7 +181,7 @@ def test_when_the_line_is_full_nothing_runs(stage: Stage, path: str, stream: boo
 
 def test_an_answer_that_could_not_begin_after_others_have_is_not_to_be_repeated(stage: Stage) -> None:
     """The second run waits in vain for the slot that another request has got."""
-    stage.use(max_concurrent_runs=1, request_timeout_secs=2)
+    stage.use(max_concurrent_runs=1, request_timeout_secs=5)
     stage.answers([0, "a"], [1, "b"])
     with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(stage.post, CHAT, n=2)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -43,7 +44,7 @@ def call(pyz: Path, tmp_path: Path) -> Call:
         home.mkdir(exist_ok=True)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("CLINVK_")}
         return subprocess.run([sys.executable, str(pyz), *map(str, arguments)], capture_output=True, text=True,
-                              cwd=home, env={**inherited, "HOME": str(home), **environ}, timeout=30)
+                              cwd=home, env={**inherited, "HOME": str(home), **environ}, timeout=120)
     return run
 
 
@@ -66,8 +67,11 @@ def running(arguments: List[str], folder: Path, environ: Dict[str, str]) -> Iter
 
 
 def free_port() -> int:
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        return int(taken.getsockname()[1])
+    """None of those that a system gives to whoever asks for any: nobody else takes it meanwhile."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 # ---- Help and versions

@@ -127,7 +127,7 @@ def told_by(server: Served, folder: Path) -> Callable[[str], Json]:
 
     def run(name: str) -> Json:
         done = subprocess.run(["node", f"{name}.mjs", server.url], cwd=folder, capture_output=True, text=True,
-                              timeout=100)
+                              timeout=300)
         assert done.returncode == 0, done.stderr
         told: Json = json.loads(done.stdout)
         return told

@@ -317,9 +317,10 @@ def test_without_the_keys_of_gopass_nothing_is_open(gopass: Callable[[str], Dict
 
 def test_a_gopass_that_waits_for_somebody_is_told_with_what_it_asks(
         gopass: Callable[[str], Dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clinvk, "GOPASS_SECS", 1)
+    monkeypatch.setattr(clinvk, "GOPASS_SECS", 5)  # in which it must have asked
     with pytest.raises(clinvk.ConfigError, match=r"`gopass show --password a/b` .*\(passphrase, please\)"):
         clinvk.load_config(None, gopass("print('passphrase, please', file=sys.stderr, flush=True); time.sleep(60)"), {})
+    monkeypatch.setattr(clinvk, "GOPASS_SECS", 0.2)
     with pytest.raises(clinvk.ConfigError, match="timed out"):
         clinvk.load_config(None, gopass("time.sleep(60)"), {})
 

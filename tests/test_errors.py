@@ -216,7 +216,7 @@ def test_a_run_whose_time_is_up_is_an_answer_of_the_native_api(make_client: Make
                                                                fake_cli: Callable[..., str]) -> None:
     client = make_client({"backends": {"own": {"command": fake_cli("print('half', flush=True); time.sleep(30)")}}})
     reply = client.call("POST", NATIVE, with_model(NATIVE, "own", timeout_secs=0.4))
-    assert (reply.status, reply.json["exit_code"], reply.json["output"]) == (200, -1, "half\n")
+    assert (reply.status, reply.json["exit_code"]) == (200, -1)  # whether it has said anything by then
     assert "time is up" in reply.json["error"]
 
 

@@ -9,13 +9,18 @@ import clinvk
 import pytest
 from conftest import Client, Reply, Served, eventually
 
+# One that is to meet another goes on when that has begun.
 LOGGED = """
 prompt = sys.stdin.read()
-log = os.open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "order"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+order = os.path.join(os.path.dirname(os.path.abspath(__file__)), "order")
+log = os.open(order, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 os.write(log, ("+%d %s\\n" % (os.getpid(), prompt)).encode())
 if prompt.startswith("fail"):
     sys.stderr.write("it broke\\n")
     sys.exit(3)
+ends = time.monotonic() + 20
+while prompt.startswith("meet") and open(order).read().count("+") < 2 and time.monotonic() < ends:
+    time.sleep(0.01)
 time.sleep(600 if prompt.startswith("sleep") else 0.1)
 print(prompt, end="")
 os.write(log, ("-%d\\n" % os.getpid()).encode())
@@ -80,8 +85,9 @@ def test_one_bad_task_is_named_and_nothing_runs(logged: Callable[..., Logged], b
 def test_no_more_than_max_parallel_run_at_once_and_they_start_in_order(logged: Callable[..., Logged]) -> None:
     it = logged()
     tasks = [task(f"t{i}", backend="it") for i in range(6)]
-    reply = it.server.call("POST", "/api/v1/parallel", {"tasks": tasks, "max_parallel": 2})
-    assert reply.json["completed"] == 6 and it.most_at_once == 2
+    meeting = [task("meet", backend="it")] * 2
+    reply = it.server.call("POST", "/api/v1/parallel", {"tasks": [*meeting, *tasks], "max_parallel": 2})
+    assert reply.json["completed"] == 8 and it.most_at_once == 2
     it = Logged(it.server, it.folder)
     (it.folder / "order").unlink()
     it.server.call("POST", "/api/v1/parallel", {"tasks": tasks, "max_parallel": 1})

@@ -2,10 +2,12 @@
 one request."""
 
 import collections
+import contextlib
 import functools
 import json
+import os
+import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -158,7 +160,10 @@ def test_what_the_cli_has_lost_is_a_clear_error_and_the_session_stays(cli: Cli) 
     talk = Talk(cli)
     talk.say("hello")
     before = talk.session
-    time.sleep(1)  # the process that waits has been looked at by then
+    for process in cli.processes():  # among them the one that has the conversation
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(process.name), signal.SIGKILL)
+    eventually(lambda: not cli.processes())
     for file in talk.files():
         file.unlink()
     cli.lab.forget()
@@ -173,8 +178,7 @@ def test_delete_removes_what_the_cli_has_stored_and_nothing_else(cli: Cli) -> No
     other.say("hello")
     talk.say("hello")
     talk.say("hello again")
-    files = talk.files()
-    assert files
+    files = eventually(talk.files)
     assert cli.served.call("DELETE", f"/api/v1/sessions/{talk.id}", x_api_key=KEY).status == 200
     eventually(lambda: not any(file.exists() for file in files))
     assert counted(other.say("!history")) > 1
@@ -264,7 +268,7 @@ def test_fail_fast_leaves_no_process_of_the_others(lab: Lab, pyz: Path, tmp_path
     def versions() -> List[str]:
         listed = failing.served.call("GET", "/api/v1/backends", x_api_key=KEY).json["backends"]
         return [backend["version"] for backend in listed if backend["name"] in ("claude", "codex", "gemini")]
-    eventually(lambda: all(versions()) and not failing.processes(), 30)  # else CLIs are asked for them in between
+    eventually(lambda: all(versions()) and not failing.processes())  # else CLIs are asked for them in between
     tasks = [{"backend": name, "prompt": "!hang"} for name in ("claude", "codex", "gemini")]
     body = {"tasks": [*tasks, {"backend": "broken", "prompt": "x"}], "max_parallel": 4, "fail_fast": True}
     answer = failing.served.call("POST", "/api/v1/parallel", body, x_api_key=KEY).json

@@ -4,12 +4,10 @@ or lie about their length. The real server as a process, and real sockets."""
 import contextlib
 import json
 import os
-import re
 import select
 import socket
 import stat
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
@@ -63,9 +61,9 @@ class Wire:
         self.socket = socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET)
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.settimeout(30)
-        self.socket.connect((server.host, server.port))
+        self.socket.settimeout(120)
         self.began = time.monotonic()
+        self.socket.connect((server.host, server.port))
         self.drip, self.heard = drip, b""
         self.lasted: Optional[float] = None  # seconds until the server closed it
         self.send(sent)
@@ -218,13 +216,13 @@ def test_a_request_that_comes_in_time_is_answered_however_it_is_cut_up(serve: Se
 
 
 def test_a_client_that_is_refused_and_goes_on_to_send_slowly_can_read_why(serve: Serve) -> None:
-    server = serve(config={"server": {"read_timeout_secs": 6, "max_request_body_bytes": 1000}})
+    server = serve(config={"server": {"read_timeout_secs": 8, "max_request_body_bytes": 1000}})
     wire = Wire(server, HEALTH)
     wire.until(b'"version"')
-    time.sleep(3)  # which are no part of the next request's time
+    time.sleep(6)  # which are no part of the next request's time
     wire.send(post(OPENAI, "Content-Length: 1000000"))
-    for _ in range(7):  # longer than it lingers after a 408
-        time.sleep(0.5)
+    for _ in range(15):  # longer than it lingers after a 408
+        time.sleep(0.2)
         wire.send(b"    ")
     *_, reply = wire.answers()
     assert reply.status == 413
@@ -244,12 +242,12 @@ def test_a_slow_sender_that_reads_nothing_is_gone_soon_too(serve: Serve) -> None
 
 def test_the_time_of_a_request_does_not_run_while_the_one_before_is_answered(
         serve: Serve, fake_cli: Callable[..., str]) -> None:
-    limits = {"read_timeout_secs": 3, "idle_timeout_secs": 1, "write_timeout_secs": 1}
-    server = serve(config={"server": limits, "backends": {"own": {"command": fake_cli("time.sleep(4); print('x')")}}})
+    limits = {"read_timeout_secs": 6, "idle_timeout_secs": 1, "write_timeout_secs": 1}
+    server = serve(config={"server": limits, "backends": {"own": {"command": fake_cli("time.sleep(6.5); print('x')")}}})
     asked = json.dumps({"backend": "own", "prompt": "p"}).encode()
     wire = Wire(server, post(NATIVE, f"Content-Length: {len(asked)}", body=asked) + HEALTH[:20])
     wire.until(b'"output":"x')
-    time.sleep(1)  # there are three
+    time.sleep(1)  # there are six
     wire.send(HEALTH[20:])
     first, second = wire.answers()
     assert (first.json["output"], second.status) == ("x\n", 200)
@@ -285,10 +283,10 @@ def test_an_idle_connection_is_closed_silently_whether_it_was_used_or_not(serve:
 
 
 def test_a_connection_is_idle_only_since_its_last_answer(serve: Serve) -> None:
-    server = serve(config={"server": {"idle_timeout_secs": 3}})
+    server = serve(config={"server": {"idle_timeout_secs": 6}})
     wire = Wire(server)
-    for _ in range(4):
-        time.sleep(1)  # four times: longer than a connection may be idle
+    while time.monotonic() < wire.began + 7:  # longer than a connection may be idle
+        time.sleep(1.2)  # it is looked at once a second
         wire.send(HEALTH)
         wire.heard = b""
         wire.until(b'"runs"')
@@ -297,8 +295,8 @@ def test_a_connection_is_idle_only_since_its_last_answer(serve: Serve) -> None:
 
 def test_no_limit_of_a_connection_ends_a_run_that_is_silent_for_longer(
         serve: Serve, fake_cli: Callable[..., str]) -> None:
-    limits = {"read_timeout_secs": 1, "idle_timeout_secs": 1, "write_timeout_secs": 1}
-    server = serve(config={"server": limits, "backends": {"own": {"command": fake_cli("time.sleep(3); print('x')")}}})
+    limits = {"read_timeout_secs": 3, "idle_timeout_secs": 3, "write_timeout_secs": 3}
+    server = serve(config={"server": limits, "backends": {"own": {"command": fake_cli("time.sleep(4.5); print('x')")}}})
     wires = []
     for fields in ({}, {"output_format": "stream-json"}):
         asked = json.dumps({"backend": "own", "prompt": "p", **fields}).encode()
@@ -332,13 +330,15 @@ def test_a_client_that_takes_bytes_slowly_but_steadily_gets_them_all(
         serve: Serve, fake_cli: Callable[..., str]) -> None:
     """The kernel takes no more of us for longer than that: it has MB of its own to send first."""
     command = fake_cli("sys.stdin.read(); print('x' * 7_000_000)")
-    server = serve(config={"server": {"write_timeout_secs": 2}, "backends": {"own": {"command": command}}})
+    server = serve(config={"server": {"write_timeout_secs": 6}, "backends": {"own": {"command": command}}})
     asked = json.dumps({"backend": "own", "prompt": "p"}).encode()
     wire = Wire(server, post(NATIVE, f"Content-Length: {len(asked)}", "Connection: close", body=asked))
-    while wire.lasted is None:
+    wire.hear()
+    ends = time.monotonic() + 8
+    while time.monotonic() < ends:
+        time.sleep(0.5)
         wire.hear()
-        time.sleep(0.1)
-    (reply,) = replies(wire.heard)
+    (reply,) = replies(wire.to_the_end())
     assert len(reply.json["output"]) == 7_000_001
 
 
@@ -356,7 +356,7 @@ def test_clients_that_read_nothing_hold_no_threads(
     for _ in range(25):
         wires.append(Wire(server, times * request, receive_buffer=SMALL))
         wires[-1].until(b" 200 OK")
-    assert server.call("GET", "/health", timeout=10).status == 200
+    assert server.call("GET", "/health").status == 200
     for wire in wires:
         wire.socket.close()
 
@@ -369,7 +369,7 @@ def test_no_more_is_answered_than_a_client_has_room_for(serve: Serve) -> None:
     for _ in range(3):
         time.sleep(0.5)
         assert server.call("GET", "/health").status == 200
-    assert 1 <= server.stderr.count("swagger-ui-bundle.js") < 10
+    assert 1 <= eventually(lambda: server.stderr.count("swagger-ui-bundle.js")) < 10
     wire.socket.close()
 
 
@@ -411,38 +411,39 @@ def unread(server: Served) -> Tuple[Wire, int]:
     length = taken_by_the_kernel() + 500_000
     asked = json.dumps({"backend": "echo", "prompt": length * "x"}).encode()
     wire = Wire(server, post(NATIVE, f"Content-Length: {len(asked)}", body=asked), receive_buffer=SMALL)
-    eventually(lambda: f"POST {NATIVE} 200" in server.stderr, 20)  # logged when the server is done with it
+    eventually(lambda: f"POST {NATIVE} 200" in server.stderr)  # logged when the server is done with it
     return wire, length
 
 
 @LINUX
 def test_what_is_left_of_a_finished_answer_waits_for_write_timeout_secs(serve: Serve) -> None:
     server = serve(config={"server": {"write_timeout_secs": 1, "idle_timeout_secs": NEVER}})
-    wire, _ = unread(server)
-    assert connections(server) == 1
-    eventually(lambda: connections(server) == 0, LATE)
+    idle, (wire, _) = Wire(server), unread(server)
+    eventually(lambda: connections(server) == 1, LATE)
+    idle.send(head("GET /health HTTP/1.1", "Connection: close")).answers()  # it is the one that is left
     wire.socket.close()
 
 
 def test_what_is_left_of_a_finished_answer_waits_no_less_than_that(serve: Serve) -> None:
-    server = serve(config={"server": {"write_timeout_secs": NEVER, "idle_timeout_secs": 1, "read_timeout_secs": 1}})
+    server = serve(config={"server": {"write_timeout_secs": NEVER, "idle_timeout_secs": 4, "read_timeout_secs": 4}})
     wire, length = unread(server)
-    time.sleep(3)  # longer than every other limit
+    time.sleep(5.5)  # longer than every other limit
     while not wire.heard.endswith(b"}"):
         wire.hear()
         assert wire.lasted is None
     (reply,) = replies(wire.heard)
     assert len(reply.json["output"]) == length
-    assert wire.send(HEALTH).answers()[-1].status == 200
+    assert wire.send(head("GET /health HTTP/1.1", "Connection: close")).answers()[-1].status == 200
 
 
 @LINUX
-def test_a_run_whose_client_takes_nothing_is_ended(serve: Serve, fake_cli: Callable[..., str]) -> None:
-    script = f"print({taken_by_the_kernel() + 500_000} * 'x', flush=True); time.sleep(600)"
+def test_a_run_whose_client_takes_nothing_is_ended(serve: Serve, fake_cli: Callable[..., str], tmp_path: Path) -> None:
+    script = (f"open('{tmp_path}/started', 'w')\n"
+              f"print({taken_by_the_kernel() + 500_000} * 'x', flush=True); time.sleep(600)")
     server = serve(config={"server": {"write_timeout_secs": 1}, "backends": {"own": {"command": fake_cli(script)}}})
     asked = json.dumps({"backend": "own", "prompt": "p", "output_format": "stream-json"}).encode()
     wire = Wire(server, post(NATIVE, f"Content-Length: {len(asked)}", body=asked), receive_buffer=SMALL)
-    eventually(lambda: server.call("GET", "/health").json["runs"]["active"] == 1)
+    eventually((tmp_path / "started").exists)
     eventually(lambda: server.call("GET", "/health").json["runs"]["active"] == 0, LATE)
     eventually(lambda: connections(server) == 0, LATE)
     wire.socket.close()
@@ -452,30 +453,39 @@ def test_a_run_whose_client_takes_nothing_is_ended(serve: Serve, fake_cli: Calla
 def test_when_the_time_of_a_run_is_up_its_client_is_not_waited_for(serve: Serve, fake_cli: Callable[..., str]) -> None:
     server = serve(config={"server": PATIENT,
                            "backends": {"own": {"command": fake_cli("while True: print(65536 * 'x')")}}})
-    asked = json.dumps({"backend": "own", "prompt": "p", "output_format": "stream-json", "timeout_secs": 1}).encode()
+    asked = json.dumps({"backend": "own", "prompt": "p", "output_format": "stream-json", "timeout_secs": 5}).encode()
     wire = Wire(server, post(NATIVE, f"Content-Length: {len(asked)}", body=asked), receive_buffer=SMALL)
-    eventually(lambda: f"POST {NATIVE} 200" in server.stderr, 20)
+    eventually(lambda: f"POST {NATIVE} 200" in server.stderr)
     eventually(lambda: connections(server) == 0, LATE)
     wire.socket.close()
 
 
 # ---- How many there may be
 
-def test_six_hundred_slow_and_idle_connections_keep_nobody_waiting_and_are_gone_in_time(
-        serve: Serve, descriptors: None) -> None:
-    server = serve(config={"server": {"read_timeout_secs": 6, "idle_timeout_secs": 6}})
-    wires = [Wire(server, post(OPENAI, "Content-Length: 1000"), b" ") if number % 2 else Wire(server)
-             for number in range(600)]
-    watching = threading.Thread(target=watch, args=(wires, LATE, 0.5))
-    watching.start()
+def six_hundred(server: Served) -> List[Wire]:
+    """Connections of which every other one sends a request slowly."""
+    return [Wire(server, post(OPENAI, "Content-Length: 1000"), b" ") if number % 2 else Wire(server)
+            for number in range(600)]
+
+
+@LINUX
+def test_six_hundred_slow_and_idle_connections_keep_nobody_waiting(serve: Serve, descriptors: None) -> None:
+    server = serve(config={"server": PATIENT})
+    wires = six_hundred(server)
     for _ in range(5):
         assert server.call("GET", "/health").status == 200
         assert answer_text(server.call("POST", NATIVE, BODIES[NATIVE]), NATIVE) == "hi"
-    watching.join()
-    statuses = re.findall(r" (200|408) ", server.stderr)
-    assert statuses.index("200") < statuses.index("408"), "nobody was answered until there was room"
+    assert connections(server) >= 600, "somebody was answered only because there was room"
+    for wire in wires:
+        wire.socket.close()
+
+
+def test_six_hundred_slow_and_idle_connections_are_gone_in_time(serve: Serve, descriptors: None) -> None:
+    server = serve(config={"server": {"read_timeout_secs": 3, "idle_timeout_secs": 3}})
+    wires = six_hundred(server)
+    watch(wires, LATE, 0.5)
     slow, idle = wires[1::2], wires[::2]
-    assert [wire.lasted for wire in wires if (wire.lasted or 0) < 5.9] == []
+    assert [wire.lasted for wire in wires if (wire.lasted or 0) < 2.9] == []
     assert {reply.status for wire in slow for reply in replies(wire.heard)} == {408}
     assert {wire.heard for wire in idle} == {b""} and all(wire.heard for wire in slow)
     for wire in wires:
@@ -519,7 +529,7 @@ def test_without_a_free_descriptor_nothing_spins_and_the_next_one_gets_in(
 
     def allow(files: int) -> None:
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (files, 4096))  # type: ignore[attr-defined]
-    script = f"open('{tmp_path}/started-' + str(os.getpid()), 'w'); time.sleep(60)"
+    script = f"open('{tmp_path}/started-' + str(os.getpid()), 'w'); time.sleep(600)"
     server = serve(config={"server": PATIENT, "backends": {"own": {"command": fake_cli(script)}}})
     eventually(lambda: server.call("GET", "/health").status == 200 and connections(server) == 0)
     least = next_descriptor(server)
@@ -528,7 +538,7 @@ def test_without_a_free_descriptor_nothing_spins_and_the_next_one_gets_in(
         wire.until(b'"runs"')
     asked = json.dumps({"backend": "own", "prompt": "p"}).encode()
     running = [Wire(server, post(NATIVE, f"Content-Length: {len(asked)}", body=asked)) for _ in range(2)]
-    eventually(lambda: len(list(tmp_path.glob("started-*"))) == 2, 20)
+    eventually(lambda: len(list(tmp_path.glob("started-*"))) == 2)
     eventually(lambda: connections(server) == 4)
 
     allow(next_descriptor(server))
@@ -540,6 +550,7 @@ def test_without_a_free_descriptor_nothing_spins_and_the_next_one_gets_in(
     allow(least)  # however many are closed, none is free
     last = Wire(server, HEALTH)
     watch([third, fourth], LATE)
+    eventually(lambda: "nobody can be let in" in server.stderr)
     before = processor_time(server)
     time.sleep(2)
     assert processor_time(server) - before < 0.7 and last.heard == b""

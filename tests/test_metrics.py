@@ -125,7 +125,7 @@ def client(make_client: MakeClient, scripted: Dict[str, Any]) -> Client:
     ("POST", NATIVE, prompt(ephemeral=True, output_format="stream-json"), {**request(NATIVE, 200), **run("echo")}),
     ("POST", NATIVE, prompt(dry_run=True), request(NATIVE, 200)),
     ("POST", NATIVE, prompt("fail", "text"), {**request(NATIVE, 200), **run("text", "error", output=False), **CREATED}),
-    ("POST", NATIVE, prompt("hold", "text", ephemeral=True, timeout_secs=1),
+    ("POST", NATIVE, prompt("hold", "text", ephemeral=True, timeout_secs=5),
      {**request(NATIVE, 200), **run("text", "timeout")}),
     ("POST", NATIVE, prompt(backend="claude"), {**request(NATIVE, 200), **run("claude"), **SPENT, **CREATED}),
     ("POST", NATIVE, prompt(backend="none"), request(NATIVE, 422)),
@@ -234,11 +234,13 @@ def test_waiting_for_a_slot_is_part_of_the_first_output_but_not_of_the_run(
         eventually(lambda: samples(client)["clinvk_runs_waiting"] == 1)
         assert samples(client)["clinvk_runs_active"] == 1
         time.sleep(1)
+        released = time.monotonic()
         client.server.slots.release()
-        assert answer.result(20).status == 200
+        assert answer.result().status == 200
+    took = time.monotonic() - released
     found = samples(client)
     assert found['clinvk_first_output_seconds_sum{backend="echo",start="cold"}'] >= 1
-    assert found['clinvk_backend_execution_duration_seconds_sum{backend="echo"}'] < 1
+    assert found['clinvk_backend_execution_duration_seconds_sum{backend="echo"}'] <= took
     assert (found["clinvk_runs_waiting"], found["clinvk_runs_active"]) == (0, 0)
 
 
@@ -476,7 +478,7 @@ def test_a_stream_that_is_left_is_one_canceled_run_and_its_line_comes_at_its_end
     stream = streaming(server, path, body)
     assert f'path="{path}"' not in "".join(samples(server)) and log_lines(server) == []
     leave(*stream)
-    [line] = eventually(lambda: log_lines(server), 20)
+    [line] = eventually(lambda: log_lines(server))
     assert re.fullmatch(rf"127\.0\.0\.1 POST {path} 200 \d+ ms [0-9a-f]{{32}} "
                         r"backend=text exit=-1 start=cold first_text=\d+ms tokens=-", line)
     found = samples(server)
@@ -516,8 +518,9 @@ def test_what_waitress_refuses_is_one_line_also_if_its_client_does_not_wait(serv
             connection.sendall(b"nonsense\r\n\r\n")
             connection.recv(1)
     assert server.call("GET", "/health").status == 200
-    eventually(lambda: log_lines(server)[-1].split()[2] == "/health")
-    assert {tuple(line.split()[:4]) for line in log_lines(server)[:-1]} == {("127.0.0.1", "-", "-", "400")}
+    eventually(lambda: len(log_lines(server)) == 101)  # a line is written once its answer has gone
+    lines = [line for line in log_lines(server) if " /health 200 " not in line]
+    assert [tuple(line.split()[:4]) for line in lines] == 100 * [("127.0.0.1", "-", "-", "400")]
 
 
 def test_after_much_traffic_it_is_what_prometheus_takes(serve: Callable[..., Served], scripted: Dict[str, Any]) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 import threading
 from typing import Any, Dict, List
 
 import pytest
 
 import clinvk
-from conftest import alive, children_of
+from conftest import alive, children_of, eventually
 
 NULL = {"type": "null"}
 OBJECT = {"type": "object", "additionalProperties": False}
@@ -212,19 +213,29 @@ def test_a_union_that_refers_to_itself_twice_is_checked_once_per_level() -> None
     assert is_valid(nested(30), schema)  # else a thousand million looks
 
 
-def test_a_pattern_that_takes_for_ever_is_a_fault_and_stops_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+FOR_EVER = {"items": {"pattern": "^(a+)+$"}}
+
+
+def test_a_pattern_that_takes_for_ever_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clinvk.Searches, "SECS", 1.0)
-    found: List[Any] = []
-    schema = {"items": {"pattern": "^(a+)+$"}}
     before = children_of(os.getpid())
-    asking = threading.Thread(target=lambda: found.append(clinvk.value_faults(["aa", "a" * 28 + "!"], schema)))
+    assert clinvk.value_faults(["aa", "a" * 28 + "!"], FOR_EVER) == [
+        "$: looking for the patterns of the schema takes more than 1 s"]
+    assert not alive([pid for pid in children_of(os.getpid()) if pid not in before])
+
+
+def test_a_pattern_that_takes_long_stops_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search in our own process would keep this thread waiting until it ends."""
+    monkeypatch.setattr(clinvk.Searches, "SECS", 600.0)
+    found: List[Any] = []
+    before = children_of(os.getpid())
+    asking = threading.Thread(target=lambda: found.append(clinvk.value_faults("a" * 28 + "!", FOR_EVER["items"])))
     asking.start()
-    looks = 0
-    while asking.is_alive():  # a search in our own process would keep this thread waiting until it ends
-        looks += 1
-        asking.join(0.05)
-    assert found == [["$: looking for the patterns of the schema takes more than 1 s"]]
-    assert looks > 5 and not alive([pid for pid in children_of(os.getpid()) if pid not in before])
+    [search] = eventually(lambda: alive([pid for pid in children_of(os.getpid()) if pid not in before]))
+    assert asking.is_alive()
+    os.kill(search, signal.SIGKILL)
+    asking.join()
+    assert found == [["$: looking for the patterns of the schema takes more than 600 s"]]
 
 
 @pytest.mark.parametrize("pattern, right, wrong", [
@@ -232,7 +243,9 @@ def test_a_pattern_that_takes_for_ever_is_a_fault_and_stops_nobody_else(monkeypa
     (r"^[\w.]+@(\w+\.)+\w+$", ["\u00e4@b.c"], ["a@b", "a@\ud800.c"]),
     ("a", ["b" * 20_000 + "a"], ["b" * 20_000])])
 def test_a_pattern_that_may_take_long_is_looked_for_as_any_other(pattern: str, right: List[str],
-                                                                  wrong: List[str]) -> None:
+                                                                  wrong: List[str],
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clinvk.Searches, "SECS", 600.0)
     for schema in ({"pattern": pattern}, {"not": {"type": "string", "not": {"pattern": pattern}}}):
         assert all(is_valid(text, schema) for text in right)
         assert not any(is_valid(text, schema) for text in wrong)

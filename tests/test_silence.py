@@ -1,8 +1,10 @@
 """What a stream's client is told while a run goes on of which it is shown nothing, so that it keeps the connection."""
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from conftest import executable
@@ -10,13 +12,15 @@ from conftest import executable
 import clinvk
 from clinvk import Done, Message, Refusal, Thinking, ToolResult, ToolUse
 
-# Says a word every 0.05 s; together they are JSON.
+# Says a word every 0.05 s until it has been heard; together they are JSON.
 SLOW = """
-import sys, time
 sys.stdin.read()
-for word in ["{"] + 18 * [" "] + ["}"]:
-    print(word, end="", flush=True)
+ends = time.monotonic() + 30
+print("{", end="", flush=True)
+while not os.path.exists(%r) and time.monotonic() < ends:
+    print(" ", end="", flush=True)
     time.sleep(0.05)
+print("}", end="", flush=True)
 """
 FORMAT: Dict[str, Any] = {"type": "json_schema", "name": "any", "schema": {"type": "object"}}
 STREAMS = [  # a path, its body, and what stands in its stream for silence
@@ -32,10 +36,24 @@ def test_json_that_takes_its_time_is_announced_by_signs_of_life(
         make_client: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str,
         body: Dict[str, Any], sign: bytes) -> None:
     monkeypatch.setattr(clinvk, "SILENCE", 0.2)
-    client = make_client({"backends": {"slow": {"command": executable(tmp_path / "slow", SLOW)}}})
+    command = executable(tmp_path / "slow", SLOW % str(tmp_path / "heard"))
+    client = make_client({"backends": {"slow": {"command": command}}})
+    answer = client.app
+
+    def app(*asked: Any) -> Iterator[bytes]:
+        """The answer, after three signs of which the CLI may end its own."""
+        signs = 0
+        with contextlib.closing(answer(*asked)) as chunks:
+            for chunk in chunks:
+                signs += sign in chunk
+                if signs == 3:
+                    (tmp_path / "heard").touch()
+                yield chunk
+    client.app = app
     reply = client.call("POST", path, {"model": "slow", "stream": True, **body})
-    assert reply.status == 200 and reply.body.count(sign) > 2
-    assert reply.body.index(sign) < reply.body.index(b"{" + 18 * b" " + b"}")
+    assert reply.status == 200 and (tmp_path / "heard").exists()
+    answered = re.search(rb"\{ +\}", reply.body)
+    assert answered and reply.body.count(sign, 0, answered.start()) > 2
 
 
 def heard(kind: Any, events: List[clinvk.Event], monkeypatch: pytest.MonkeyPatch) -> List[type]:

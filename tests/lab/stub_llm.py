@@ -12,6 +12,7 @@ The reply depends only on the last user prompt.  By default it is ``STUB[<tail o
 directives anywhere in the prompt change it:
 
     !slow N      N small chunks, 100 ms apart      !long N     N kilobytes of text
+    !until FILE  with !slow: the last chunk once there is such a file; "too late" in its place after 30 s
     !error CODE  that HTTP error, always           !flaky N    N times HTTP 503/529, then a reply
     !think       thinking block before the text    !unicode    emoji, CJK and RTL text
     !tool [CMD]  first a shell tool call, then the text once the tool result has come back
@@ -34,6 +35,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import threading
 import time
@@ -51,6 +53,8 @@ INJECTED = re.compile(r"<(system-reminder|environment_context|session_context|us
 DIRECTIVE = re.compile(r"(?:^|(?<=\s))!(slow|long|error|flaky|think|unicode|tool|loop|echo-system|history|drop|hang|"
                        r"tools|gap)\b[ \t]*(\d+)?")
 SAY = re.compile(r"(?:^|(?<=\s))!say[ \t]+")
+UNTIL = re.compile(r"(?:^|(?<=\s))!until[ \t]+(\S+)")
+UNTIL_SECS = 30.0
 CALL = re.compile(r"(?:^|(?<=\s))!call[ \t]+([\w.-]+)[ \t]*")
 
 
@@ -75,6 +79,7 @@ class Plan:
     chunks: List[str] = field(default_factory=list)
     delay: float = 0.0
     gap: float = 0.0
+    until: str = ""
     thinking: str = ""
     tools: List[Tuple[str, Json]] = field(default_factory=list)
     error: int = 0
@@ -226,6 +231,7 @@ class Brain:
                 return plan
         if "slow" in found:
             plan.chunks, plan.delay = [f"chunk{i} " for i in range(number["slow"])], 0.1
+            plan.until = "".join(UNTIL.findall(turn.prompt))
         else:
             text = self._text(turn, found, number)
             size = max(12, len(text) // 20)
@@ -450,6 +456,14 @@ def gemini_events(turn: Turn, plan: Plan) -> Iterator[bytes]:
         yield sse(gemini_chunk(turn, plan, [part], index == len(parts) - 1))
 
 
+def there(file: str) -> bool:
+    """Waits until there is such a file; whether there is."""
+    ends = time.monotonic() + UNTIL_SECS
+    while not os.path.exists(file) and time.monotonic() < ends:
+        time.sleep(0.02)
+    return os.path.exists(file)
+
+
 def error_body(api: str, code: int, model: str) -> Json:
     """Each provider's own error shape."""
     if api == "anthropic":
@@ -550,6 +564,10 @@ class Handler(BaseHTTPRequestHandler):
             if plan.gap and (b"content_block_start" in piece and b"tool_use" in piece or b"functionCall" in piece
                              or b"output_item.added" in piece and b"function_call" in piece):
                 time.sleep(plan.gap)
+            if plan.until and f"{plan.chunks[-1]}\"".encode() in piece:
+                if not there(plan.until):
+                    piece = piece.replace(plan.chunks[-1].encode(), b"too late")
+                plan.until = ""
             self.wfile.write(piece)
             self.wfile.flush()
             if plan.delay and b"delta" in piece or plan.delay and api == "gemini":
