@@ -5748,22 +5748,22 @@ def told_by(backend: Backend, child: Child, stop: Stop, *, accepts_by: float) ->
 
 
 def until_done(backend: Backend, child: Child, stop: Stop, accepts_by: float) -> Iterator[Event]:
-    heard = time.monotonic()
+    told_at = time.monotonic()  # the last event: much of what a CLI prints gives none
     try:
         for data in child.output(stop):
             for event in backend.read(data, child) if data else backend.look(child):
                 yield event
                 if isinstance(event, Done):
                     return
-            heard = time.monotonic() if data else heard
+                told_at = time.monotonic()
             if not backend.accepted and time.monotonic() > accepts_by:
                 for rest in child.kill():  # it must not wake up now, and ask its provider, while another does
                     for _ in backend.read(rest, child):
                         pass
                 raise BackendFailed(f"{backend.name} does not answer")
-            if time.monotonic() - heard >= SILENCE:
-                heard = time.monotonic()
-                yield Progress("waiting", f"no output for {SILENCE:g} s")
+            if time.monotonic() - told_at >= SILENCE:
+                told_at = time.monotonic()
+                yield Progress("waiting", f"nothing of the answer for {SILENCE:g} s")
         yield from backend.at_end(exit_code_of(child), child.stderr.decode(errors="replace"))
     except ClinvkError as error:
         yield Failure(error)

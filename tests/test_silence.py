@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from conftest import executable
@@ -22,6 +22,22 @@ while not os.path.exists(%r) and time.monotonic() < ends:
     time.sleep(0.05)
 print("}", end="", flush=True)
 """
+# claude, which prints what is no part of an answer until a file is there: a tool's input as it grows, and news.
+BUSY = """
+def show(**line): print(json.dumps(line), flush=True)
+for line in sys.stdin:
+    if json.loads(line)["type"] == "user":
+        show(type="system", subtype="init", model="m", session_id="s", cwd="/")
+        ends = time.monotonic() + 30
+        while not os.path.exists(%r) and time.monotonic() < ends:
+            show(type="stream_event", event={"type": "content_block_delta", "index": 1, "delta": {
+                "type": "input_json_delta", "partial_json": "x"}})
+            show(type="system", subtype="news")
+            time.sleep(0.05)
+        show(type="assistant", message={"id": "m", "model": "m", "content": [{"type": "text", "text": "{}"}]})
+        show(type="result", subtype="success", is_error=False, result="{}", stop_reason="end_turn", num_turns=1,
+             usage={"input_tokens": 1, "output_tokens": 1}, modelUsage={"m": {}})
+"""
 FORMAT: Dict[str, Any] = {"type": "json_schema", "name": "any", "schema": {"type": "object"}}
 STREAMS = [  # a path, its body, and what stands in its stream for silence
     ("/openai/v1/chat/completions", {"messages": [{"role": "user", "content": "p"}],
@@ -31,13 +47,12 @@ STREAMS = [  # a path, its body, and what stands in its stream for silence
                                 "output_config": {"format": FORMAT}}, b"event: ping\n")]
 
 
-@pytest.mark.parametrize("path, body, sign", STREAMS)
-def test_json_that_takes_its_time_is_announced_by_signs_of_life(
-        make_client: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str,
-        body: Dict[str, Any], sign: bytes) -> None:
+def until_heard(make_client: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, script: str,
+                sign: bytes) -> Any:
+    """A client whose backend of that name speaks until three signs of life have come, and `heard` is in the folder."""
     monkeypatch.setattr(clinvk, "SILENCE", 0.2)
-    command = executable(tmp_path / "slow", SLOW % str(tmp_path / "heard"))
-    client = make_client({"backends": {"slow": {"command": command}}})
+    command = executable(folder / name, script % str(folder / "heard"))
+    client = make_client({"backends": {name: {"command": command}}})
     answer = client.app
 
     def app(*asked: Any) -> Iterator[bytes]:
@@ -47,13 +62,35 @@ def test_json_that_takes_its_time_is_announced_by_signs_of_life(
             for chunk in chunks:
                 signs += sign in chunk
                 if signs == 3:
-                    (tmp_path / "heard").touch()
+                    (folder / "heard").touch()
                 yield chunk
     client.app = app
+    return client
+
+
+@pytest.mark.parametrize("path, body, sign", STREAMS)
+def test_json_that_takes_its_time_is_announced_by_signs_of_life(
+        make_client: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str,
+        body: Dict[str, Any], sign: bytes) -> None:
+    client = until_heard(make_client, monkeypatch, tmp_path, "slow", SLOW, sign)
     reply = client.call("POST", path, {"model": "slow", "stream": True, **body})
     assert reply.status == 200 and (tmp_path / "heard").exists()
     answered = re.search(rb"\{ +\}", reply.body)
     assert answered and reply.body.count(sign, 0, answered.start()) > 2
+
+
+NATIVE: Tuple[str, Dict[str, Any], bytes] = (
+    "/api/v1/prompt", {"backend": "claude", "prompt": "p", "output_format": "stream-json", "ephemeral": True},
+    b'"type":"progress"')
+
+
+@pytest.mark.parametrize("path, body, sign", [*STREAMS, NATIVE])
+def test_a_cli_that_prints_what_is_no_part_of_the_answer_is_silent_to_the_client(
+        make_client: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str,
+        body: Dict[str, Any], sign: bytes) -> None:
+    client = until_heard(make_client, monkeypatch, tmp_path, "claude", BUSY, sign)
+    compat = {} if path == NATIVE[0] else {"model": "claude", "stream": True}
+    assert client.call("POST", path, {**compat, **body}).status == 200 and (tmp_path / "heard").exists()
 
 
 def heard(kind: Any, events: List[clinvk.Event], monkeypatch: pytest.MonkeyPatch) -> List[type]:
