@@ -8544,10 +8544,23 @@ class Server:
                                    begins=not session.has_begun, sandbox_before=session.sandbox_mode), overruled
 
     def empty_directory(self) -> str:
-        """Where the model way runs: clinvk's own, with nothing in it that a CLI could read."""
+        """Where the model way runs: clinvk's own, with nothing in it that a CLI could read. What one has left there
+        goes to `left`, in place of what that name had before."""
         directory = own_directory(self.config, "empty")
-        if os.listdir(directory):
-            raise BackendUnavailable(f"{directory} must be empty, for CLIs read what lies in it: remove its files")
+        for name in os.listdir(directory):
+            aside = self.config.home / "left" / name
+            try:
+                aside.parent.mkdir(mode=0o700, exist_ok=True)
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.unlink(missing_ok=True)
+                (directory / name).replace(aside)
+            except FileNotFoundError:  # another request was first
+                continue
+            except OSError as error:
+                raise BackendUnavailable(f"{directory} must be empty, for CLIs read what lies in it, and {name} can "
+                                         f"not be moved to {aside} ({error.strerror}): remove it") from None
+            LOG.warning("a CLI has left %s in the directory of the model, which is to be empty: it is %s now", name,
+                        aside)
         return str(directory)
 
     def look_up_versions(self) -> None:

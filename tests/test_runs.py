@@ -568,10 +568,37 @@ def test_a_run_without_a_process_is_ended_in_time_too(client: Any) -> None:
     assert client.server.slots.active == 0
 
 
-def test_the_model_way_needs_an_empty_directory(client: Any) -> None:
-    (clinvk.own_directory(client.server.config, "empty") / "AGENTS.md").touch()
-    reply = client.call("POST", "/openai/v1/chat/completions",
-                        {"model": "echo", "messages": [{"role": "user", "content": "hi"}]})
+LITTERS = """
+seen = sorted(os.listdir())
+number = int(sys.stdin.read())
+open("file", "w").write(str(number))
+os.mkdir("folder")
+open("folder/inner", "w").write(str(number))
+os.symlink("/etc/hostname", "link")
+print(seen)
+"""
+
+
+def test_what_a_cli_leaves_in_the_directory_of_the_model_the_next_one_does_not_see(
+        make_client: Callable[..., Any], fake_cli: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:
+    client = make_client({"backends": {"litters": {"command": fake_cli(LITTERS)}}})
+    left = client.server.config.home / "left"
+    for number in range(3):
+        body = {"model": "litters", "messages": [{"role": "user", "content": str(number)}]}
+        answer = client.call("POST", "/openai/v1/chat/completions", body).json
+        assert answer["choices"][0]["message"]["content"] == "[]\n"
+    assert (left / "file").read_text() == (left / "folder" / "inner").read_text() == "1"  # the last one's still lies there
+    assert (left / "link").is_symlink()
+    assert f"a CLI has left file in the directory of the model, which is to be empty: it is {left / 'file'} now" in \
+        caplog.text
+
+
+def test_a_directory_of_the_model_that_can_not_be_emptied_is_an_error_that_says_so(client: Any) -> None:
+    empty = clinvk.own_directory(client.server.config, "empty")
+    (empty / "AGENTS.md").touch()
+    (empty.parent / "left").touch()  # where it was to go
+    body = {"model": "echo", "messages": [{"role": "user", "content": "hi"}]}
+    reply = client.call("POST", "/openai/v1/chat/completions", body)
     assert reply.status == 503 and "must be empty" in reply.json["error"]["message"]
 
 
