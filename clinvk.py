@@ -3160,13 +3160,23 @@ class JsonLines(Backend):
     def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
         for line in self.lines.feed(data):
             try:
-                message = json.loads(line)
+                message = self.loads(line.decode(errors="replace"))
             except (ValueError, RecursionError):
                 LOG.warning("%s printed a line that is no JSON (%d bytes)", self.name, len(line))
                 self.not_json(line)
                 continue
             if isinstance(message, dict):
                 yield from self.read_message(message, mouth)
+
+    @staticmethod
+    def loads(line: str) -> Any:
+        """JSON, made of whole characters: half of a surrogate pair, which no database and no client takes, is replaced
+        as bytes are that are no UTF-8. Node writes it so where a text has been cut in the middle of an emoji."""
+        message = json.loads(line)
+        if "\\ud" not in line and "\\uD" not in line:
+            return message
+        written = json.dumps(message, ensure_ascii=False).encode("utf-16", "surrogatepass")
+        return json.loads(written.decode("utf-16", "replace"))
 
     def read_message(self, message: Json, mouth: Mouth) -> Iterator[Event]:
         """A line that a newer CLI has changed costs an event, never the answer; unless nothing can follow it."""
@@ -3205,6 +3215,7 @@ class Spoken:
         self.sent: List[str] = []  # of the present part: a block of claude's, an item of codex's
         self.again = ""  # what has gone out and is now to be said once more
         self.opens = True  # the next text begins a new message
+        self.nothing_yet = True
 
     def begins(self, *, message: bool) -> None:
         """A new part, or a new message; unless the present one is being said again."""
@@ -3225,7 +3236,7 @@ class Spoken:
         if text:
             self.sent.append(text)
             yield Message(text, is_partial=is_partial, opens=self.opens)
-            self.opens = False
+            self.opens = self.nothing_yet = False
 
     def ends(self, whole: str) -> Iterator[Event]:
         """The present part as a whole: what of it has not gone out is said now. "" if it was dropped as known."""
@@ -3498,9 +3509,11 @@ class Claude(JsonLines):
         text = message.get("result") or "; ".join(message.get("errors") or []) or str(message.get("subtype"))
         own, self.before = own_result(message, self.before), message
         yield from usage_of(claude_usage, own)
-        self.spoken = Spoken()
+        spoken, self.spoken = self.spoken, Spoken()
         if "structured_output" in message:
             yield Message(json.dumps(message["structured_output"], ensure_ascii=False), opens=True)
+        elif spoken.nothing_yet and message.get("result") and message.get("num_turns") and not message.get("is_error"):
+            yield Message(text, opens=True)  # the model has answered in a way that is not understood
         broken = message.get("stop_reason") is None and not claude_models(own) and message.get("num_turns")
         failed = bool(message.get("is_error"))
         if message.get("subtype") == self.SCHEMA_UNMET:

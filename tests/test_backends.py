@@ -858,6 +858,26 @@ def test_however_often_a_call_is_stored_it_is_loaded_once_with_its_result(more: 
         assert said_in(prepared(chats, PLAIN)) == [*HELLO, ("call", "ls"), ("result", "made.txt")]
 
 
+def test_an_answer_that_only_the_result_of_claude_tells_is_an_answer(config: Config) -> None:
+    result = {"type": "result", "result": "hello", "stop_reason": "end_turn", "num_turns": 1}
+    said = {"type": "assistant", "message": {"id": "m", "content": [{"type": "text", "text": "hello"}]}}
+    for lines in ([result], [{"type": "answer", "text": "hello"}, result], [said, result]):
+        assert [event.text for event in events_of("claude", config, lines) if isinstance(event, Message)] == ["hello"]
+    for other in ({"is_error": True}, {"num_turns": 0}):  # the second: claude itself, without its model
+        events = events_of("claude", config, [{**result, **other}])
+        assert not [event for event in events if isinstance(event, Message)]
+
+
+@pytest.mark.parametrize("written, text", [
+    (b"a\\ud83d b", "a\ufffd b"), (b"\\uDE00\\ud83d", "\ufffd\ufffd"),
+    (b"\\ud83d\\ude00 \\\\ud83d", "\U0001f600 \\ud83d"), (b"a\xffb", "a\ufffdb"),
+    ("é\U0001f600".encode(), "é\U0001f600")])
+def test_what_is_no_whole_character_is_replaced_and_costs_no_line(config: Config, written: bytes, text: str) -> None:
+    told = json.dumps({"type": "assistant", "message": {"id": "m", "content": [{"type": "text", "text": "TEXT"}]}})
+    events = events_of("claude", config, [told.encode().replace(b"TEXT", written), b'{"type": "result"}'])
+    assert text_of(events) == text
+
+
 @pytest.mark.parametrize("line", ['{"id":"0000","timestamp":"2026-1', "[]\n", "7\n", "\n", "no JSON\n",
                                   '{"$set":{"lastUpdated":"2026"}}\n'])
 def test_a_line_that_gemini_does_not_understand_is_left_out(line: str, tmp_path: Path) -> None:

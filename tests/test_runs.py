@@ -587,7 +587,8 @@ def test_what_a_cli_leaves_in_the_directory_of_the_model_the_next_one_does_not_s
         body = {"model": "litters", "messages": [{"role": "user", "content": str(number)}]}
         answer = client.call("POST", "/openai/v1/chat/completions", body).json
         assert answer["choices"][0]["message"]["content"] == "[]\n"
-    assert (left / "file").read_text() == (left / "folder" / "inner").read_text() == "1"  # the last one's still lies there
+    inner = left / "folder" / "inner"  # what the last one has left still lies in its place
+    assert (left / "file").read_text() == inner.read_text() == "1"
     assert (left / "link").is_symlink()
     assert f"a CLI has left file in the directory of the model, which is to be empty: it is {left / 'file'} now" in \
         caplog.text

@@ -64,6 +64,14 @@ told(prompt)
 print("".join(lines[begun:]), end="", flush=True)
 """
 
+# Fails with a text that was cut in the middle of an emoji.
+CUT = r"""
+for line in sys.stdin:
+    if '"type": "user"' in line:
+        print(r'{"type": "result", "is_error": true, "session_id": "\ud83d", "result": "it broke \ud83d"}', flush=True)
+        break
+"""
+
 AnyServer = Union[Client, Served]
 
 
@@ -615,6 +623,19 @@ def test_a_client_that_goes_away_leaves_an_error_that_can_be_continued(
     assert ask(server, "again", "claude", session_id=session["id"]).json["exit_code"] == 0
     assert CLAUDES_NAME in told(tmp_path)[1]["argv"]
     assert only(server)["status"] == "completed"
+
+
+@pytest.mark.parametrize("form", ["json", "stream-json"])
+def test_a_failure_in_half_a_character_is_stored_and_told_to_its_end(
+        make_client: Callable[..., Client], fake_cli: Callable[..., str], form: str) -> None:
+    client = make_client({"backends": {"claude": {"command": fake_cli(CUT, "claude")}}})
+    reply = ask(client, "p", "claude", output_format=form)
+    [session] = client.call("GET", "/api/v1/sessions").json["sessions"]
+    assert (session["status"], session["error_message"]) == ("error", "claude failed: it broke \ufffd")
+    if form == "json":
+        assert (reply.json["exit_code"], reply.json["error"]) == (1, session["error_message"])
+    else:
+        assert [line["type"] for line in reply.lines][-2:] == ["error", "done"]
 
 
 # ---- GET and DELETE
