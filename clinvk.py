@@ -703,9 +703,10 @@ def number_of(text: str) -> Union[int, str]:
 
 
 def explain(problem: Problem, source: str) -> str:
-    location = problem.location if source.endswith((".yaml", ".yml")) or not source.startswith(("CLINVK", "--")) else ""
+    """`source`: an environment variable or a flag, which says where; or a file, in which the place is to be named."""
+    location = "" if source in VARIABLES or source.startswith("--") else f"{problem.location} "
     shown = "" if problem.value is None else f" (it is {problem.value!r})"
-    return f"{source}: {location} {problem.message}{shown}".replace(":  ", ": ")
+    return f"{source}: {location}{problem.message}{shown}"
 
 
 def refuse_contradictions(config: Config, source: Callable[[str], str]) -> None:
@@ -750,10 +751,6 @@ def refuse_origins(server: ServerConfig, source: Callable[[str], str]) -> None:
         if origin == "*" and server.cors_allow_credentials:
             raise ConfigError(f"{source('server.cors_allow_credentials')}: server.cors_allow_credentials can not be "
                               'true together with the origin "*": name the origins')
-
-
-def value_at(config: Any, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), config)
 
 
 # ==== JSON Schema =================================================================================
@@ -3060,7 +3057,7 @@ class Lines:
         """Empty the string in which the line so far ends, and drop the rest of it as it comes."""
         opened = self.line.find(b'"')
         while opened >= 0:
-            closed = self.INSIDE.match(self.line, opened + 1).end()  # type: ignore[union-attr]  # matches anything
+            closed = self.end_of_inside(self.line, opened + 1)
             if self.line[closed:closed + 1] != b'"':
                 break
             opened = self.line.find(b'"', closed + 1)
@@ -3070,11 +3067,14 @@ class Lines:
             self.dropping, self.look_at = True, self.LONG
             self.line += self.after_string(inside)
 
+    def end_of_inside(self, text: Union[bytes, bytearray], begin: int) -> int:
+        """Where what is in a string's quotes ends: at the closing one, at an escape that is broken off, or the end."""
+        return self.INSIDE.match(text, begin).end()  # type: ignore[union-attr]  # it matches anything
+
     def after_string(self, part: bytes) -> bytes:
         """What follows the string that is being dropped, from its closing quote on; b"" if it goes on."""
         part = self.carry + part
-        inside = self.INSIDE.match(part)
-        rest = part[inside.end():] if inside else part
+        rest = part[self.end_of_inside(part, 0):]
         self.dropping = not rest.startswith(b'"')
         self.carry = rest if self.dropping else b""
         return b"" if self.dropping else rest
@@ -3154,7 +3154,7 @@ class Spoken:
         self.again, text = self.again[common:], text[common:]
         if text:
             self.sent.append(text)
-            yield Message(text, is_partial, self.opens)
+            yield Message(text, is_partial=is_partial, opens=self.opens)
             self.opens = False
 
     def ends(self, whole: str) -> Iterator[Event]:
@@ -3408,7 +3408,8 @@ class Claude(JsonLines):
         for block in content if isinstance(content, list) else []:
             name = self.tools.get(block.get("tool_use_id"), "")
             if block["type"] == "tool_result" and name != self.SCHEMA_TOOL:
-                yield ToolResult(block["tool_use_id"], name, plain(block.get("content")), bool(block.get("is_error")))
+                yield ToolResult(block["tool_use_id"], name, plain(block.get("content")),
+                                 is_error=bool(block.get("is_error")))
 
     def parse_system(self, message: Json) -> Iterator[Event]:
         if message["subtype"] == "init":
@@ -3580,7 +3581,8 @@ class JsonRpc(JsonLines):
         super().rehearse(request, told)
         while self.replies:
             then = self.replies.pop(min(self.replies))
-            collections.deque(then(self.REHEARSED, told), maxlen=0)
+            for _ in then(self.REHEARSED, told):
+                pass
 
     def parse_line(self, message: Json, mouth: Mouth) -> Iterator[Event]:
         if "method" in message and "id" in message:
@@ -3880,7 +3882,7 @@ class Codex(JsonRpc):
                 yield from self.item_started(item)
             output = item.get("aggregatedOutput") or plain((item.get("result") or {}).get("content"))
             failed = item.get("status") in ("failed", "declined")
-            yield ToolResult(item["id"], codex_tool_name(item), output, failed)
+            yield ToolResult(item["id"], codex_tool_name(item), output, is_error=failed)
 
     def retrying(self, error: Json) -> Iterator[Event]:
         yield Progress("retrying", str(error.get("message")))
@@ -4254,7 +4256,7 @@ class Gemini(JsonRpc):
             yield ToolUse(tool_id, self.tools[tool_id], shown)
         if call.get("status") in ("completed", "failed"):
             texts = [(c.get("content") or {}).get("text") or "" for c in call.get("content") or []]
-            yield ToolResult(tool_id, self.tools[tool_id], "\n".join(texts), call["status"] == "failed")
+            yield ToolResult(tool_id, self.tools[tool_id], "\n".join(texts), is_error=call["status"] == "failed")
 
     def asked(self, method: str, params: Json) -> Json:
         """Leave for a tool, as the approval mode says; all else is refused."""
@@ -4632,7 +4634,6 @@ class InProcess(Backend):
 
 class Echo(InProcess):
     """Answers with the prompt, word by word: for trying a client without spending a token."""
-    streams = "deltas"
 
     def plan(self, request: Settled) -> str:
         return "(echo needs no command)"
@@ -5740,7 +5741,8 @@ def until_done(backend: Backend, child: Child, stop: Stop, accepts_by: float) ->
             heard = time.monotonic() if data else heard
             if not backend.accepted and time.monotonic() > accepts_by:
                 for rest in child.kill():  # it must not wake up now, and ask its provider, while another does
-                    collections.deque(backend.read(rest, child), maxlen=0)
+                    for _ in backend.read(rest, child):
+                        pass
                 raise BackendFailed(f"{backend.name} does not answer")
             if time.monotonic() - heard >= SILENCE:
                 heard = time.monotonic()
@@ -5778,7 +5780,7 @@ def cut_at(stops: Sequence[str], events: Events) -> Events:
             held += (PARAGRAPH if event.opens and spoken else "") + event.text
             text, found = split_at(stops, held)
             held = "" if found else text[len(text) - overlap(stops, text):]
-            yield Message(text[:len(text) - len(held)], event.is_partial, opens=not spoken)
+            yield Message(text[:len(text) - len(held)], is_partial=event.is_partial, opens=not spoken)
             spoken = True
             if found:
                 events.close()
