@@ -82,7 +82,7 @@ SILENCE = 10.0  # seconds without output after which a client is told that the r
 # In: a fact, where it is known. Out: an exception that each API's renderer can show (SPEC 5).
 
 class Problem(NamedTuple):
-    """One fault of a request or a config file. `location` is a path such as `messages[0].content`."""
+    """One thing that is wrong with a request or a config file. `location` is a path such as `messages[0].content`."""
     location: str
     message: str
     value: Any = None
@@ -269,15 +269,15 @@ def internal(default: Any) -> Any:
 
 
 class Open:
-    """A model of somebody else's API: fields we do not know are no fault; their names are kept in `unknown`."""
+    """A model of somebody else's API: fields we do not know are allowed; their names are kept in `unknown`."""
 
-    def faults(self) -> Iterable[Tuple[str, str]]:
-        """What is wrong with it besides the types of its fields: in which field, and what."""
+    def problems(self) -> Iterable[Problem]:
+        """What is wrong with it that its fields' rules do not say. A `location` begins with the name of a field."""
         return ()
 
 
 class Kept(Open):
-    """One whose `whole` is all that has come, the fields we do not know included."""
+    """A model of which all is kept, the fields we do not know included: `whole` is the JSON object as it came."""
     whole: Json
 
 
@@ -314,8 +314,13 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
+def place_of(name: str, at: str) -> str:
+    """Of a field of the object that stands at `at`; "" is the whole."""
+    return f"{at}.{name}" if at else name
+
+
 class Checker:
-    """Collects what is wrong with a value instead of stopping at the first fault."""
+    """Collects what is wrong with a value instead of stopping at the first problem."""
 
     def __init__(self) -> None:
         self.problems: List[Problem] = []
@@ -334,7 +339,7 @@ class Checker:
                 self.stranger(model, str(name), at, fields, value[name])
         built = {}
         for name, field in fields.items():
-            place = f"{at}.{name}" if at else name
+            place = place_of(name, at)
             if value.get(name) is not None:
                 built[name] = self.value(field.kind, value[name], place, field.rules)
             elif field.required:
@@ -344,13 +349,13 @@ class Checker:
         return self.checked(model(**built), at) if len(self.problems) == before else None
 
     def checked(self, built: Any, at: str) -> Any:
-        for name, message in built.faults() if isinstance(built, Open) else ():
-            self.wrong(f"{at}.{name}" if at else name, message)
+        for problem in built.problems() if isinstance(built, Open) else ():
+            self.wrong(place_of(problem.location, at), problem.message)
         return built
 
     def stranger(self, model: Any, name: str, at: str, known: Iterable[str], value: Any) -> None:
         """A field that `model` does not have, or not over the wire though its base has."""
-        place = f"{at}.{name}" if at else name
+        place = place_of(name, at)
         if issubclass(model, Open):
             if value is not None and not issubclass(model, Kept):
                 self.unknown.append(re.sub(r"\[\d+\]", "", place))
@@ -384,8 +389,8 @@ class Checker:
                             if not fields["type"].required), None)
             name = value.get("type") or default
             if name not in [*by_type]:
-                fault = "is required" if name is None else f"{json.dumps(name)} is not supported"
-                return self.wrong(f"{at}.type", f"{fault}; send one of {', '.join(by_type)}", name)
+                problem = "is required" if name is None else f"{json.dumps(name)} is not supported"
+                return self.wrong(f"{at}.type", f"{problem}; send one of {', '.join(by_type)}", name)
             fitting = [by_type[name]]
         return self.value(fitting[0], value, at, rules)
 
@@ -416,11 +421,11 @@ class Checker:
             value = float(value) if abs(value) < 2**1023 else math.inf
         if type(value) is not kind:
             return self.wrong(at, f"must be {ARTICLES[json_type(kind)]}", value)
-        fault = text_fault(value, rules) if kind is str else number_fault(value, rules)
+        problem = text_problem(value, rules) if kind is str else number_problem(value, rules)
         if rules["choices"] and value not in rules["choices"]:
-            fault = "must be one of " + ", ".join(map(str, rules["choices"]))
-        if fault:
-            self.wrong(at, fault, value)
+            problem = "must be one of " + ", ".join(map(str, rules["choices"]))
+        if problem:
+            self.wrong(at, problem, value)
         return value
 
 
@@ -434,7 +439,7 @@ def json_type(kind: Any) -> str:
     return "dict" if dataclasses.is_dataclass(plain) else str(plain.__name__)
 
 
-def text_fault(value: str, rules: Mapping[str, Any]) -> str:
+def text_problem(value: str, rules: Mapping[str, Any]) -> str:
     if rules["not_empty"] and not value:
         return "must not be empty"
     if rules["not_blank"] and not value.strip():
@@ -448,7 +453,7 @@ def text_fault(value: str, rules: Mapping[str, Any]) -> str:
     return ""
 
 
-def number_fault(value: Any, rules: Mapping[str, Any]) -> str:
+def number_problem(value: Any, rules: Mapping[str, Any]) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     if rules["minimum"] is not None and value < rules["minimum"]:
@@ -595,7 +600,7 @@ VARIABLES = {
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML as written: a key that stands twice is a fault, not an overwrite."""
+    """YAML as written: a key that stands twice is an error, not an overwrite."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Dict[Any, Any]:
         seen: Set[Any] = set()
@@ -761,7 +766,7 @@ FAULTS_TOLD = 10  # of one answer: enough for a model to mend it
 
 
 class Fault(NamedTuple):
-    """What is wrong with a part of a value."""
+    """What is wrong with a part of a value; or of a schema, as a value that is to be one."""
     at: Place
     message: str
 
@@ -776,7 +781,7 @@ def schema_faults(schema: Any) -> List[str]:
     return [str(fault) for fault in JsonSchema(schema).faults()][:FAULTS_TOLD]
 
 
-def faults(value: Any, schema: Any) -> List[str]:
+def value_faults(value: Any, schema: Any) -> List[str]:
     """What is wrong with a value. The schema must be one without faults."""
     judge = Judge(JsonSchema(schema))
     try:
@@ -1677,17 +1682,17 @@ def is_base64(text: str) -> bool:
     return len(text) % 4 == 0 and rest in (b"", b"=", b"==") and text.endswith(rest.decode())
 
 
-def data_faults(field: str, data: str) -> Iterator[Tuple[str, str]]:
+def image_problems(field: str, data: str) -> Iterator[Problem]:
     if not image_of(data):
-        yield field, "must be a PNG, JPEG, GIF or WebP image in base64, without line ends"
+        yield Problem(field, "must be a PNG, JPEG, GIF or WebP image in base64, without line ends")
 
 
-def url_faults(field: str, url: str) -> Iterator[Tuple[str, str]]:
+def image_url_problems(field: str, url: str) -> Iterator[Problem]:
     found = IMAGE_URL.match(url)
     if found:
-        yield from data_faults(field, url[found.end():])
+        yield from image_problems(field, url[found.end():])
     else:
-        yield field, f"must begin with data:image/png;base64, or the like; {FETCHES_NOTHING}"
+        yield Problem(field, f"must begin with data:image/png;base64, or the like; {FETCHES_NOTHING}")
 
 
 def image_piece(url: str) -> Piece:
@@ -1773,10 +1778,10 @@ class Format(Open):
     description: Any = param(None, doc=LENIENT)
     strict: Optional[bool] = param(None, doc="The answer fits the schema in any case.")
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         if self.type == "json_schema" and self.schema is None:
-            yield "schema", "is required"
-        yield from (("schema", fault) for fault in schema_faults(self.schema or {}))
+            yield Problem("schema", "is required")
+        yield from (Problem("schema", fault) for fault in schema_faults(self.schema or {}))
 
     @property
     def wanted(self) -> Optional[Json]:
@@ -1886,8 +1891,8 @@ class ImageURL(Open):
     url: str = param(shape=DATA_URL, doc="data:image/png;base64, and so on.")
     detail: Any = param(None, doc=LENIENT)
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
-        return url_faults("url", self.url)
+    def problems(self) -> Iterator[Problem]:
+        return image_url_problems("url", self.url)
 
 
 @dataclass(frozen=True)
@@ -1958,8 +1963,8 @@ class NamedSchema(Open):
     description: Any = param(None, doc=LENIENT)
     strict: Any = param(None, doc="The answer fits the schema in any case.")
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
-        return (("schema", fault) for fault in schema_faults(self.schema))
+    def problems(self) -> Iterator[Problem]:
+        return (Problem("schema", fault) for fault in schema_faults(self.schema))
 
 
 @dataclass(frozen=True)
@@ -1969,9 +1974,9 @@ class ResponseFormat(Open):
     type: str = param("text", choices=FORMS)
     json_schema: Optional[NamedSchema] = param(None, doc="For json_schema.")
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         if self.type == "json_schema" and self.json_schema is None:
-            yield "json_schema", "is required"
+            yield Problem("json_schema", "is required")
 
     @property
     def wanted(self) -> Optional[Json]:
@@ -2013,9 +2018,9 @@ class ChatRequest(Chat):
     clinvk: Optional[AgentOptions] = param(None, doc="How the chat runs.")
     unknown: Tuple[str, ...] = internal(())
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         if self.logprobs:
-            yield "logprobs", NO_LOGPROBS
+            yield Problem("logprobs", NO_LOGPROBS)
 
     @property
     def stops(self) -> List[str]:
@@ -2066,13 +2071,13 @@ class CompletionRequest(Compat):
     clinvk: Optional[AgentOptions] = param(None, doc="How it runs.")
     unknown: Tuple[str, ...] = internal(())
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         if self.logprobs is not None:
-            yield "logprobs", NO_LOGPROBS
+            yield Problem("logprobs", NO_LOGPROBS)
         if self.prompt == []:
-            yield "prompt", "must not be empty"
+            yield Problem("prompt", "must not be empty")
         if (self.best_of or 1) > 1:
-            yield "best_of", "must be 1: no CLI tells which of several answers is the likeliest"
+            yield Problem("best_of", "must be 1: no CLI tells which of several answers is the likeliest")
 
     @property
     def stops(self) -> List[str]:
@@ -2112,8 +2117,8 @@ class InputImage(Part):
     image_url: str = param(shape=DATA_URL, doc="data:image/png;base64, and so on.")
     detail: Any = param(None, doc=LENIENT)
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
-        return url_faults("image_url", self.image_url)
+    def problems(self) -> Iterator[Problem]:
+        return image_url_problems("image_url", self.image_url)
 
     def pieces(self) -> List[Piece]:
         return [image_piece(self.image_url)]
@@ -2229,12 +2234,14 @@ class ResponsesRequest(Chat):
     clinvk: Optional[AgentOptions] = param(None, doc="How it runs.")
     unknown: Tuple[str, ...] = internal(())
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         for name in ("previous_response_id", "conversation"):
             if getattr(self, name) is not None:
-                yield name, "can not be used, as clinvk stores no responses: send the whole input, and leave it out"
+                yield Problem(name, "can not be used, as clinvk stores no responses: send the whole input, and leave "
+                                    "it out")
         if self.background:
-            yield "background", "can not be true, as clinvk stores no responses: stream, if the answer takes long"
+            yield Problem("background", "can not be true, as clinvk stores no responses: stream, if the answer takes "
+                                        "long")
 
     @property
     def choice(self) -> Any:
@@ -2291,11 +2298,11 @@ class ImageSource(Open):
     media_type: str = param("", doc="What counts is how the image begins.")
     data: str = param("", shape=IMAGE_SHAPE)
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         if self.type == "base64":
-            yield from data_faults("data", self.data)
+            yield from image_problems("data", self.data)
         else:
-            yield "type", f"must be base64; {FETCHES_NOTHING}"
+            yield Problem("type", f"must be base64; {FETCHES_NOTHING}")
 
 
 @dataclass(frozen=True)
@@ -2462,9 +2469,9 @@ class MessagesRequest(Chat):
     clinvk: Optional[AgentOptions] = param(None, doc="How the chat runs.")
     unknown: Tuple[str, ...] = internal(())
 
-    def faults(self) -> Iterator[Tuple[str, str]]:
+    def problems(self) -> Iterator[Problem]:
         if self.messages[0].role == "assistant":
-            yield "messages[0].role", 'must be "user"'
+            yield Problem("messages[0].role", 'must be "user"')
 
     @property
     def stops(self) -> List[str]:
@@ -5817,17 +5824,17 @@ def fitted(events: Events, schema: Json, stops: Sequence[str],
         used = used + result.usage if used and result.usage else result.usage or used
         text, stop = split_at(stops, result.text)
         done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
-        text, fault = fitting(text, schema)
-        fits = not fault or done.stop != "end"
+        text, wrong = fitting(text, schema)
+        fits = not wrong or done.stop != "end"
         if fits or last or result.failure or result.refusal is not None:
             if not result.failure and result.refusal is None:
-                yield Message(text, opens=True) if fits else Refusal(refusal_for(text, fault))
+                yield Message(text, opens=True) if fits else Refusal(refusal_for(text, wrong))
             yield from [TokenUsage(used)] if used else []
             yield done
             return
         yield Progress("repairing", "the answer does not fit its JSON Schema, and is asked for once more")
         assert again
-        events = again("".join(result.said), REPAIR.format(fault, json.dumps(schema, ensure_ascii=False)))
+        events = again("".join(result.said), REPAIR.format(wrong, json.dumps(schema, ensure_ascii=False)))
 
 
 def gathered(events: Events, result: Result) -> Iterator[Event]:
@@ -5877,7 +5884,7 @@ def fitting(text: str, schema: Json) -> Tuple[str, str]:
         value, json_text = json_in(text)
     except ValueError as error:
         return text, f"the answer {error}"
-    wrong = faults(value, schema)
+    wrong = value_faults(value, schema)
     return (text, "; ".join(wrong)) if wrong else (json_text, "")
 
 
@@ -5896,10 +5903,10 @@ def told_schema(request: Settled, backend: Backend) -> Settled:
     return dataclasses.replace(request, schema=None, system_prompt=system_prompt)
 
 
-def refusal_for(text: str, fault: str) -> str:
+def refusal_for(text: str, wrong: str) -> str:
     """An answer in words says itself why it is no JSON."""
     in_words = text.strip() and not text.lstrip().startswith(("{", "[", "```"))
-    return text if in_words else f"The answer does not fit the JSON Schema ({fault}). It was: {text}"
+    return text if in_words else f"The answer does not fit the JSON Schema ({wrong}). It was: {text}"
 
 
 # ==== Sessions ====================================================================================
@@ -8427,9 +8434,9 @@ class Server:
         asked, overruled = self.continued(asked, found, at) if found else (asked, [])
         backend = self.backend(asked.backend)
         request = self.settled(asked, backend, at)
-        fault = backend.refuses(request)
-        if fault:
-            raise Invalid([Problem(prompt_at, fault)])
+        reason = backend.refuses(request)
+        if reason:
+            raise Invalid([Problem(prompt_at, reason)])
         ignored = [*backend.ignored(request), *overruled]
         if "model" not in backend.honours:
             request = dataclasses.replace(request, model="")
@@ -9306,7 +9313,7 @@ def or_null(schema: Json) -> Json:
 
 
 def scalar_rules(kind: Any, rules: Mapping[str, Any]) -> Json:
-    """What `text_fault` and `number_fault` check."""
+    """What `text_problem` and `number_problem` check."""
     if not rules:
         return {}
     if rules["choices"]:
@@ -9803,22 +9810,22 @@ class RefusedEarly(waitress.task.ErrorTask):
             request_ended(server, head, answer.status, request_id, began)
 
 
-def early_error(fault: Any, adj: Any) -> ClinvkError:
+def early_error(error: Any, adj: Any) -> ClinvkError:
     """An error of ours as it is, one of waitress's as ours."""
-    if isinstance(fault, ClinvkError):
-        return fault
-    if fault.code == 413:
+    if isinstance(error, ClinvkError):
+        return error
+    if error.code == 413:
         return TooLarge(too_large(adj.max_request_body_size // READ_ANYWAY))
-    if fault.code == 431:
+    if error.code == 431:
         return HeadTooLarge(f"the request line and the headers are {adj.max_request_header_size} bytes or more; send "
                             "less")
-    if fault.code == 501:  # as a 400: SDKs repeat a 501
+    if error.code == 501:  # as a 400: SDKs repeat a 501
         return BadRequest("no Transfer-Encoding but chunked is taken: send the body in chunks, or with a "
                           "Content-Length")
-    if fault.code == 500:
+    if error.code == 500:
         return Defect("clinvk could not answer; its log tells more")
-    what, _, _ = fault.body.partition(' "')  # then comes the line itself, in which there may be a key
-    return BadRequest(f"{fault.reason}: {what}")
+    what, _, _ = error.body.partition(' "')  # then comes the line itself, in which there may be a key
+    return BadRequest(f"{error.reason}: {what}")
 
 
 class Parser(waitress.parser.HTTPRequestParser):

@@ -16,7 +16,7 @@ OBJECT = {"type": "object", "additionalProperties": False}
 
 def is_valid(value: Any, schema: Any) -> bool:
     assert clinvk.schema_faults(schema) == []
-    return clinvk.faults(value, schema) == []
+    return clinvk.value_faults(value, schema) == []
 
 
 # ---- What is valid
@@ -136,11 +136,11 @@ UNION = {"anyOf": [{"type": "null"}, {**OBJECT, "properties": {"kind": {"const":
 ])
 def test_a_fault_says_where_and_what(schema: Any, value: Any, faults: List[str]) -> None:
     assert is_valid(value, True) and clinvk.schema_faults(schema) == []
-    assert clinvk.faults(value, schema) == faults
+    assert clinvk.value_faults(value, schema) == faults
 
 
 def test_a_long_enum_is_not_told_whole() -> None:
-    [fault] = clinvk.faults("x", {"enum": list(range(1000))})
+    [fault] = clinvk.value_faults("x", {"enum": list(range(1000))})
     assert len(fault) < 300
 
 
@@ -194,8 +194,8 @@ TREE = {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}
 
 def test_a_value_that_is_nested_deep_is_a_fault_and_no_crash() -> None:
     assert is_valid(nested(80), TREE)
-    assert clinvk.faults(nested(5000), TREE) == ["$: is nested too deep to be checked"]
-    assert clinvk.faults([nested(5000)] * 2, {"uniqueItems": True}) == ["$: is nested too deep to be checked"]
+    assert clinvk.value_faults(nested(5000), TREE) == ["$: is nested too deep to be checked"]
+    assert clinvk.value_faults([nested(5000)] * 2, {"uniqueItems": True}) == ["$: is nested too deep to be checked"]
 
 
 def test_a_schema_that_is_nested_deep_is_a_fault_and_no_crash() -> None:
@@ -203,7 +203,7 @@ def test_a_schema_that_is_nested_deep_is_a_fault_and_no_crash() -> None:
     for _ in range(5000):
         schema = {"allOf": [schema]}
     assert clinvk.schema_faults(schema) == []
-    assert clinvk.faults(1, schema) == ["$: is nested too deep to be checked"]
+    assert clinvk.value_faults(1, schema) == ["$: is nested too deep to be checked"]
 
 
 def test_a_union_that_refers_to_itself_twice_is_checked_once_per_level() -> None:
@@ -217,7 +217,7 @@ def test_a_pattern_that_takes_for_ever_is_a_fault_and_stops_nobody_else(monkeypa
     found: List[Any] = []
     schema = {"items": {"pattern": "^(a+)+$"}}
     before = children_of(os.getpid())
-    asking = threading.Thread(target=lambda: found.append(clinvk.faults(["aa", "a" * 28 + "!"], schema)))
+    asking = threading.Thread(target=lambda: found.append(clinvk.value_faults(["aa", "a" * 28 + "!"], schema)))
     asking.start()
     looks = 0
     while asking.is_alive():  # a search in our own process would keep this thread waiting until it ends
@@ -323,7 +323,7 @@ def test_verdicts_are_those_of_jsonschema() -> None:
         validator = jsonschema.Draft202012Validator(schema)
         for value in values:
             verdicts.add(validator.is_valid(value))
-            assert (clinvk.faults(value, schema) == []) == validator.is_valid(value)
+            assert (clinvk.value_faults(value, schema) == []) == validator.is_valid(value)
 
     compare()
     assert verdicts == {True, False}
@@ -367,7 +367,7 @@ def random_schemas(some: Any) -> Any:
 
 def test_two_threads_check_at_once() -> None:
     found: List[Any] = []
-    threads = [threading.Thread(target=lambda: found.append(clinvk.faults(nested(5000), TREE))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(clinvk.value_faults(nested(5000), TREE))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
