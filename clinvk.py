@@ -243,22 +243,31 @@ class ConfigError(Exception):
 Model = TypeVar("Model")
 
 
-def param(default: Any = dataclasses.MISSING, *, doc: str = "", minimum: Optional[float] = None,
-          maximum: Optional[float] = None, above: Optional[float] = None, choices: Sequence[Any] = (),
-          longest: Optional[int] = None, not_empty: bool = False, not_blank: bool = False, free_text: bool = False,
-          flag_value: bool = False, directory: bool = False, names_backend: bool = False,
-          shape: Optional[Json] = None) -> Any:
-    """A field that may come over the wire. `default` is a value, or list, dict or a dataclass to make one of.
+class Rules(NamedTuple):
+    """What a field must be besides of its type, and what is told of it. In a list, the rules of a text or a number are
+    those of its items."""
+    doc: str = ""
+    minimum: Optional[float] = None
+    maximum: Optional[float] = None
+    above: Optional[float] = None  # what the number must be more than
+    choices: Sequence[Any] = ()
+    longest: Optional[int] = None  # how many items a list may have
+    not_empty: bool = False  # a text or a list
+    not_blank: bool = False
+    free_text: bool = False  # it never reaches a command line or a file name: NUL is allowed in it
+    flag_value: bool = False  # it follows a flag there: it must not be taken for another one
+    directory: bool = False  # an absolute path
+    names_backend: bool = False  # told only: whether there is one of that name, others check
+    shape: Mapping[str, Any] = {}  # told only: JSON Schema of what others check
 
-    `free_text` is for what never reaches a command line or a file name: NUL is allowed in it. `flag_value` is for what
-    follows a flag there: it must not be taken for another one. A `directory` is an absolute path. `shape` is JSON
-    Schema for what other code checks."""
-    rules = {"doc": doc, "minimum": minimum, "maximum": maximum, "above": above, "choices": choices, "longest": longest,
-             "not_empty": not_empty, "not_blank": not_blank, "free_text": free_text, "flag_value": flag_value,
-             "directory": directory, "names_backend": names_backend, "shape": shape or {}, "wire": True}
+
+def param(default: Any = dataclasses.MISSING, **rules: Any) -> Any:
+    """A field that may come over the wire, with these Rules. `default` is a value, or list, dict or a dataclass to make
+    one of."""
+    metadata = {"rules": Rules(**rules)}
     if isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata=rules)
-    return dataclasses.field(default=default, metadata=rules)
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def internal(default: Any) -> Any:
@@ -294,7 +303,7 @@ def check(model: Type[Model], value: Any, where: str = "") -> Model:
 
 class WireField(NamedTuple):
     kind: Any  # its type
-    rules: Mapping[str, Any]  # what `param` was told
+    rules: Rules
     required: bool
     default: Any
 
@@ -304,8 +313,8 @@ def wire_fields(model: Any) -> Dict[str, WireField]:
     """The fields of a model that may come over the wire."""
     hints = get_type_hints(model)
     missing = dataclasses.MISSING
-    return {f.name: WireField(hints[f.name], f.metadata, f.default is f.default_factory is missing, f.default)
-            for f in dataclasses.fields(model) if f.metadata.get("wire")}
+    return {f.name: WireField(hints[f.name], f.metadata["rules"], f.default is f.default_factory is missing, f.default)
+            for f in dataclasses.fields(model) if "rules" in f.metadata}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -365,7 +374,7 @@ class Checker:
         else:
             self.wrong(place, "is not known" + nearest(name, known))
 
-    def value(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+    def value(self, kind: Any, value: Any, at: str, rules: Rules) -> Any:
         origin, inner = get_origin(kind), get_args(kind)
         if origin is Union:
             return self.union([k for k in inner if k is not type(None)], value, at, rules)
@@ -377,14 +386,14 @@ class Checker:
             return self.model(kind, value, at)
         return value if kind is Any else self.scalar(kind, value, at, rules)
 
-    def union(self, kinds: List[Any], value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+    def union(self, kinds: List[Any], value: Any, at: str, rules: Rules) -> Any:
         """The kind whose JSON type is the value's; of several objects, the one whose `type` is."""
         fitting = [kind for kind in kinds if len(kinds) == 1 or json_type(kind) == json_type(type(value))]
         if not fitting:
             names = dict.fromkeys(ARTICLES[json_type(kind)] for kind in kinds)
             return self.wrong(at, "must be " + " or ".join(names), value)
         if len(fitting) > 1:
-            by_type = {name: kind for kind in fitting for name in wire_fields(kind)["type"].rules["choices"]}
+            by_type = {name: kind for kind in fitting for name in wire_fields(kind)["type"].rules.choices}
             default = next((fields["type"].default for fields in map(wire_fields, fitting)
                             if not fields["type"].required), None)
             name = value.get("type") or default
@@ -394,17 +403,17 @@ class Checker:
             fitting = [by_type[name]]
         return self.value(fitting[0], value, at, rules)
 
-    def items(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+    def items(self, kind: Any, value: Any, at: str, rules: Rules) -> Any:
         if not isinstance(value, list):
             return self.wrong(at, "must be a list", value)
-        if rules.get("not_empty") and not value:
+        if rules.not_empty and not value:
             self.wrong(at, "must not be empty")
-        if rules.get("longest") and len(value) > rules["longest"]:
-            self.wrong(at, f"must have at most {rules['longest']} items")
-        inner = {**rules, "not_empty": False, "longest": None}
+        if rules.longest and len(value) > rules.longest:
+            self.wrong(at, f"must have at most {rules.longest} items")
+        inner = rules._replace(not_empty=False, longest=None)
         return [self.value(kind, item, f"{at}[{index}]", inner) for index, item in enumerate(value)]
 
-    def mapping(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+    def mapping(self, kind: Any, value: Any, at: str, rules: Rules) -> Any:
         if not isinstance(value, dict):
             return self.wrong(at, "must be an object", value)
         for name in value:
@@ -414,7 +423,7 @@ class Checker:
             value = {name: {} if item is None else item for name, item in value.items()}
         return {name: self.value(kind, item, f"{at}.{name}", rules) for name, item in value.items()}
 
-    def scalar(self, kind: Any, value: Any, at: str, rules: Mapping[str, Any]) -> Any:
+    def scalar(self, kind: Any, value: Any, at: str, rules: Rules) -> Any:
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -422,8 +431,8 @@ class Checker:
         if type(value) is not kind:
             return self.wrong(at, f"must be {ARTICLES[json_type(kind)]}", value)
         problem = text_problem(value, rules) if kind is str else number_problem(value, rules)
-        if rules["choices"] and value not in rules["choices"]:
-            problem = "must be one of " + ", ".join(map(str, rules["choices"]))
+        if rules.choices and value not in rules.choices:
+            problem = "must be one of " + ", ".join(map(str, rules.choices))
         if problem:
             self.wrong(at, problem, value)
         return value
@@ -439,29 +448,29 @@ def json_type(kind: Any) -> str:
     return "dict" if dataclasses.is_dataclass(plain) else str(plain.__name__)
 
 
-def text_problem(value: str, rules: Mapping[str, Any]) -> str:
-    if rules["not_empty"] and not value:
+def text_problem(value: str, rules: Rules) -> str:
+    if rules.not_empty and not value:
         return "must not be empty"
-    if rules["not_blank"] and not value.strip():
+    if rules.not_blank and not value.strip():
         return "must have more than blanks"
-    if rules["flag_value"] and value.startswith("-"):
+    if rules.flag_value and value.startswith("-"):
         return "must not begin with a dash"
-    if rules["directory"] and not os.path.isabs(value):
+    if rules.directory and not os.path.isabs(value):
         return "must be an absolute path"
-    if "\0" in value and not rules["free_text"]:
+    if "\0" in value and not rules.free_text:
         return "must not contain a NUL character"
     return ""
 
 
-def number_problem(value: Any, rules: Mapping[str, Any]) -> str:
+def number_problem(value: Any, rules: Rules) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
-    if rules["minimum"] is not None and value < rules["minimum"]:
-        return f"must be at least {rules['minimum']:g}"
-    if rules["above"] is not None and not value > rules["above"]:
-        return f"must be more than {rules['above']:g}"
-    if rules["maximum"] is not None and value > rules["maximum"]:
-        return f"must be at most {rules['maximum']:g}"
+    if rules.minimum is not None and value < rules.minimum:
+        return f"must be at least {rules.minimum:g}"
+    if rules.above is not None and not value > rules.above:
+        return f"must be more than {rules.above:g}"
+    if rules.maximum is not None and value > rules.maximum:
+        return f"must be at most {rules.maximum:g}"
     return ""
 
 
@@ -9214,10 +9223,11 @@ class Schemas:
         self.backends = list(backends)  # that can be asked for
         self.named: Dict[str, Json] = {}
 
-    def of(self, kind: Any, rules: Mapping[str, Any]) -> Json:
-        """`rules` are those of a model's field; {} for an answer."""
+    def of(self, kind: Any, rules: Optional[Rules] = None) -> Json:
+        """`rules` are those of a model's field; answers have none."""
         origin, inner = get_origin(kind), get_args(kind)
-        within = {**rules, "not_empty": False, "shape": {}} if rules else {}
+        shape = rules.shape if rules else {}
+        within = rules._replace(not_empty=False, shape={}) if rules else None
         if origin is Annotated:
             more = [note if isinstance(note, dict) else {"description": note} for note in inner[1:]]
             return {**self.of(inner[0], rules), **{name: value for note in more for name, value in note.items()}}
@@ -9226,18 +9236,16 @@ class Schemas:
         if origin is Literal:
             return {"type": JSON_NAMES[type(inner[0])], "enum": list(inner)}
         if origin is list:
-            bounds = {"minItems": 1 if rules.get("not_empty") else None, "maxItems": rules.get("longest")}
-            return {"type": "array", "items": self.of(inner[0], within), **without_empty(bounds),
-                    **rules.get("shape", {})}
+            return {"type": "array", "items": self.of(inner[0], within), **list_rules(rules), **shape}
         if origin is dict:
-            return {"type": "object", "additionalProperties": self.of(inner[1], within), **rules.get("shape", {})}
-        if rules.get("names_backend") and self.backends:
+            return {"type": "object", "additionalProperties": self.of(inner[1], within), **shape}
+        if rules and rules.names_backend and self.backends:
             return {"type": "string", "enum": self.backends}
         if kind in JSON_NAMES:
-            return {"type": JSON_NAMES[kind], **scalar_rules(kind, rules), **rules.get("shape", {})}
-        return dict(rules.get("shape", {})) if kind is Any else self.reference(kind)
+            return {"type": JSON_NAMES[kind], **scalar_rules(kind, rules), **shape}
+        return dict(shape) if kind is Any else self.reference(kind)
 
-    def one_of(self, kinds: Sequence[Any], rules: Mapping[str, Any]) -> Json:
+    def one_of(self, kinds: Sequence[Any], rules: Optional[Rules]) -> Json:
         """Of a Union. In a model None says that the field may be left out."""
         shown = [self.of(kind, rules) for kind in kinds if kind is not type(None)]
         schema = shown[0] if len(shown) == 1 else {"anyOf": shown}
@@ -9258,7 +9266,7 @@ class Schemas:
                      **closed, **getattr(kind, "SHAPE", {})}
         else:
             hints = get_type_hints(kind, include_extras=True)
-            shown = {"properties": {name: self.of(hint, {}) for name, hint in hints.items()},
+            shown = {"properties": {name: self.of(hint) for name, hint in hints.items()},
                      "required": [name for name in hints if name in getattr(kind, "__required_keys__", hints)]}
         about = without_empty({"description": inspect.cleandoc(kind.__doc__ or "")})
         return {"type": "object", **about, **shown}
@@ -9267,19 +9275,19 @@ class Schemas:
         """Of a field of a model: null means that it is not there."""
         schema = self.of(field.kind, field.rules)
         default = field.default if type(field.default) in JSON_NAMES and field.default != "" else None
-        about = without_empty({"description": field.rules["doc"], "default": default})
+        about = without_empty({"description": field.rules.doc, "default": default})
         return {**(schema if field.required else or_null(schema)), **about}
 
     def event(self, entry: Route) -> Json:
         """What a stream of that route is made of."""
         if entry.events is EventLine:
             return self.line(entry.answer)
-        event = server_sent_schema(self.of(entry.events, {}))
+        event = server_sent_schema(self.of(entry.events))
         return {"anyOf": [event, LAST_OF_OPENAI]} if entry.answer in (ChatCompletion, TextCompletion) else event
 
     def line(self, answer: Any) -> Json:
         """A line of /api/v1's streams: an event, or at the end of a fan-out the whole answer."""
-        kinds = [with_fields(self.object(EventLine), type=one_word(name), content=self.of(content, {}))
+        kinds = [with_fields(self.object(EventLine), type=one_word(name), content=self.of(content))
                  for name, content in EVENT_CONTENTS.items()]
         self.named["Event"] = {"oneOf": kinds}
         last = with_fields(self.object(answer), type=one_word("summary"), sequence={"type": "integer"})
@@ -9312,18 +9320,22 @@ def or_null(schema: Json) -> Json:
     return nullable
 
 
-def scalar_rules(kind: Any, rules: Mapping[str, Any]) -> Json:
+def list_rules(rules: Optional[Rules]) -> Json:
+    """What the Checker's `items` checks."""
+    return without_empty({"minItems": 1 if rules.not_empty else None, "maxItems": rules.longest}) if rules else {}
+
+
+def scalar_rules(kind: Any, rules: Optional[Rules]) -> Json:
     """What `text_problem` and `number_problem` check."""
     if not rules:
         return {}
-    if rules["choices"]:
-        return {"enum": list(rules["choices"])}
-    begins = "(?!-)" if rules["flag_value"] else "/" if rules["directory"] and os.name != "nt" else ""
-    pattern = NOT_BLANK if rules["not_blank"] else "" if rules["free_text"] else f"^{begins}[^\\x00]*$"
-    text = {"pattern": pattern, "minLength": 1 if rules["not_empty"] else None,
-            "format": "directory" if rules["directory"] else None} if kind is str else {}
-    return without_empty({**text, "minimum": rules["minimum"], "maximum": rules["maximum"],
-                          "exclusiveMinimum": rules["above"]})
+    if rules.choices:
+        return {"enum": list(rules.choices)}
+    begins = "(?!-)" if rules.flag_value else "/" if rules.directory and os.name != "nt" else ""
+    pattern = NOT_BLANK if rules.not_blank else "" if rules.free_text else f"^{begins}[^\\x00]*$"
+    text = {"pattern": pattern, "minLength": 1 if rules.not_empty else None,
+            "format": "directory" if rules.directory else None} if kind is str else {}
+    return without_empty({**text, "minimum": rules.minimum, "maximum": rules.maximum, "exclusiveMinimum": rules.above})
 
 
 HEADERS = {
@@ -9383,7 +9395,7 @@ def operation(entry: Route, schemas: Schemas, config: Config) -> Json:
 def parameters(entry: Route, schemas: Schemas) -> List[Json]:
     """Those in the path and in the query."""
     in_path = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}]
-    in_query = [{"name": name, "in": "query", **without_empty({"description": field.rules["doc"]}),
+    in_query = [{"name": name, "in": "query", **without_empty({"description": field.rules.doc}),
                  "schema": or_empty(schemas.of(field.kind, field.rules))}
                 for name, field in (wire_fields(entry.query) if entry.query else {}).items()]
     return [*(in_path if "{id}" in entry.path else []), *in_query]
@@ -9404,8 +9416,8 @@ def responses_of(entry: Route, style: Type[Renderer], schemas: Schemas, *, guard
         errors.setdefault(style.status(error), []).append(error)
     shown = {str(status): error_of(sorted(kinds, key=lambda kind: kind.__name__), style, schemas)
              for status, kinds in sorted(errors.items())}
-    content: Json = {entry.answer: {"schema": {"type": "string"}}} if isinstance(entry.answer, str) else \
-        {JSON_TYPE: {"schema": schemas.of(entry.answer, {})}}
+    content: Json = {entry.answer: {"schema": {"type": "string"}}} if isinstance(entry.answer, str) else {
+        JSON_TYPE: {"schema": schemas.of(entry.answer)}}
     if entry.events:
         content[style.stream_type] = {"schema": schemas.event(entry)}
     answer = {"description": "The answer.", "headers": header_objects(*OF_ALL, *entry.headers), "content": content}
