@@ -258,7 +258,6 @@ class Rules(NamedTuple):
     flag_value: bool = False  # it follows a flag there: it must not be taken for another one
     directory: bool = False  # an absolute path
     names_backend: bool = False  # told only: whether there is one of that name, others check
-    shape: Mapping[str, Any] = {}  # told only: JSON Schema of what others check
 
 
 def param(default: Any = dataclasses.MISSING, **rules: Any) -> Any:
@@ -281,7 +280,8 @@ class Open:
     """A model of somebody else's API: fields we do not know are allowed; their names are kept in `unknown`."""
 
     def problems(self) -> Iterable[Problem]:
-        """What is wrong with it that its fields' rules do not say. A `location` begins with the name of a field."""
+        """What is wrong with it that its fields' rules do not say; CHECKED_IN_CODE tells that in /openapi.json. A
+        `location` begins with the name of a field."""
         return ()
 
 
@@ -1300,7 +1300,6 @@ def with_words(schema: Any, words: Container[str]) -> Any:
 # ==== Requests ====================================================================================
 # In: a client's JSON object. Out: a PromptRequest, the one thing that every backend understands.
 
-NEVER = {"enum": [False]}
 DRY = "Nothing runs; each answer is the command line that would."
 STREAM = "Answer NDJSON: every run's events as they happen, and the whole answer as the last line."
 
@@ -1369,8 +1368,6 @@ def utf8(text: str) -> bytes:
 class PromptRequest:
     """One prompt for one backend. What is left out is taken from the config."""
     # None is "not said": `settled` puts the config's value there.
-    SHAPE: ClassVar[Json] = {"not": {"required": ["session_id", "ephemeral"], "properties": {
-        "session_id": {"type": "string"}, "ephemeral": {"enum": [True]}}}}
     backend: str = param(not_empty=True, names_backend=True, doc="A configured backend's name.")
     prompt: str = param(not_blank=True, free_text=True, doc="What the CLI is asked.")
     model: Optional[str] = param(None, flag_value=True, doc="Passed to the CLI; `fast`, `balanced` and `best` are "
@@ -1426,7 +1423,6 @@ class PromptRequest:
 @dataclass(frozen=True)
 class Task(PromptRequest):
     """One of several runs."""
-    SHAPE: ClassVar[Json] = {}
     session_id: Optional[str] = internal(None)
 
 
@@ -1455,8 +1451,8 @@ class ChainRequest:
     steps: List[ChainStep] = param(not_empty=True, longest=100, doc="In the order in which they run.")
     stop_on_failure: bool = param(False, doc="After a failure start no further step.")
     pass_working_dir: bool = param(False, doc="A step without a workdir runs in that of the step before.")
-    pass_session_id: bool = param(False, shape=NEVER, doc="A chain keeps no session.")
-    persist_sessions: bool = param(False, shape=NEVER, doc="A chain keeps no session.")
+    pass_session_id: bool = param(False, doc="A chain keeps no session.")
+    persist_sessions: bool = param(False, doc="A chain keeps no session.")
     dry_run: bool = param(False, doc=DRY)
     stream: bool = param(False, doc=STREAM)
 
@@ -1665,17 +1661,12 @@ def attributes_text(attributes: Iterable[Tuple[str, str]]) -> str:
 # ---- What the requests of all three APIs are made of
 
 LENIENT = "Accepted and without effect."
-NOT_BLANK = r"[^\s\x1c-\x1f\x85]"  # what str.strip() leaves, also where \s is ECMAScript's
-BLANK_NOT: Json = {"type": "string", "pattern": NOT_BLANK}  # JSON Schema of what other code checks
 BASE64 = (string.ascii_letters + string.digits + "+/").encode()
 # How an image begins in base64: PNG, JPEG, GIF, WebP (which is a RIFF, as sounds are).
 IMAGE_BEGINS = re.compile(r"(?:(iVBORw0KGgo)[A-Za-z0-9+/]|(/9j/)|(R0lGOD)[A-Za-z0-9+/]{2}|"
                           r"(UklGR)[A-Za-z0-9+/]{6}XRUJQ)")
-IMAGE_DATA = IMAGE_BEGINS.pattern + "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
-IMAGE_SHAPE: Json = {"pattern": f"^{IMAGE_DATA}$"}  # as a regular expression of Python's it takes 400 MB for 9 MB
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # in the order of IMAGE_BEGINS
 IMAGE_URL = re.compile(r"data:image/[a-z.+-]+;base64,")
-DATA_URL: Json = {"pattern": f"^{IMAGE_URL.pattern}{IMAGE_DATA}$"}
 FETCHES_NOTHING = "clinvk fetches nothing: send the image itself, in base64"
 
 
@@ -1766,12 +1757,6 @@ def texts_of(stop: Union[None, str, List[str]]) -> List[str]:
 FORMS = ("text", "json_object", "json_schema")  # of answers
 
 
-def form_shape(field: str) -> Json:
-    """An object that has this field, if its form is json_schema."""
-    return {"anyOf": [{"properties": {"type": {"enum": ["text", "json_object", None]}}},
-                      {"required": [field], "properties": {field: {"type": "object"}}}]}
-
-
 def wanted_schema(form: str, schema: Optional[Json]) -> Optional[Json]:
     """That of an answer of one of FORMS; None if it may be any text."""
     return {"text": None, "json_object": {"type": "object"}, "json_schema": schema}[form]
@@ -1780,7 +1765,6 @@ def wanted_schema(form: str, schema: Optional[Json]) -> Optional[Json]:
 @dataclass(frozen=True)
 class Format(Open):
     """What form the answer has: any text, a JSON object, or JSON that a JSON Schema describes."""
-    SHAPE: ClassVar[Json] = form_shape("schema")
     type: str = param("text", choices=FORMS)
     schema: Optional[Dict[str, Any]] = param(None, doc="JSON Schema, for json_schema.")
     name: str = param("", free_text=True, doc=LENIENT)
@@ -1843,8 +1827,6 @@ class Compat(Open):
                                    ephemeral=options.ephemeral or options.session_id is None, **fields)
 
 
-NOT_FORCED: Json = {"enum": ["auto", "none", None]}
-NO_TOOLS: Json = {"properties": {"tools": {"maxItems": 0}}}
 NOT_OFFERED = "Not offered to the CLI in this version."
 
 
@@ -1876,12 +1858,6 @@ class Chat(Compat):
         return [*(["tools"] if self.tools and self.choice != "none" else []), *self.unknown]
 
 
-def with_any(*shapes: Json) -> Json:
-    """A list of which one item has one of `shapes`: fields that it must have."""
-    kinds = [{"type": "object", "required": list(shape), "properties": shape} for shape in shapes]
-    return {"contains": {"anyOf": kinds}}
-
-
 # ---- OpenAI: chat completions
 
 @dataclass(frozen=True)
@@ -1897,7 +1873,7 @@ class RefusalPart(Part):
 @dataclass(frozen=True)
 class ImageURL(Open):
     """An image, in the URL itself."""
-    url: str = param(shape=DATA_URL, doc="data:image/png;base64, and so on.")
+    url: str = param(doc="data:image/png;base64, and so on.")
     detail: Any = param(None, doc=LENIENT)
 
     def problems(self) -> Iterator[Problem]:
@@ -1979,7 +1955,6 @@ class NamedSchema(Open):
 @dataclass(frozen=True)
 class ResponseFormat(Open):
     """What form the answer has: any text, a JSON object, or JSON that a JSON Schema describes."""
-    SHAPE: ClassVar[Json] = form_shape("json_schema")
     type: str = param("text", choices=FORMS)
     json_schema: Optional[NamedSchema] = param(None, doc="For json_schema.")
 
@@ -1992,12 +1967,6 @@ class ResponseFormat(Open):
         return wanted_schema(self.type, self.json_schema.schema if self.json_schema else None)
 
 
-TALK: Json = {"enum": ["user", "assistant", "tool", "function"]}
-SOME_PART = with_any({"type": {"enum": ["text"]}, "text": BLANK_NOT},
-                     {"type": {"enum": ["refusal"]}, "refusal": BLANK_NOT}, {"type": {"enum": ["image_url"]}})
-SOME_MESSAGE = with_any({"role": TALK, "content": {"anyOf": [BLANK_NOT, {"type": "array", **SOME_PART}]}},
-                        {"role": TALK, "refusal": BLANK_NOT}, {"role": {"enum": ["tool", "function"]}},
-                        {"role": TALK, "tool_calls": {"type": "array", "minItems": 1}})
 STOP_DOC = "The answer ends before the first of these."
 NO_LOGPROBS = "are not given by any CLI; leave the field out"
 MODEL_DOC = ("`claude`, `codex`, `gemini` or another configured backend; `backend/model`; the name of a model that one "
@@ -2007,10 +1976,9 @@ MODEL_DOC = ("`claude`, `codex`, `gemini` or another configured backend; `backen
 @dataclass(frozen=True)
 class ChatRequest(Chat):
     """A chat completion. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
-    SHAPE: ClassVar[Json] = {"anyOf": [{"properties": {"tool_choice": NOT_FORCED}}, NO_TOOLS]}
     model: str = param(not_empty=True, doc=MODEL_DOC)
-    messages: List[ChatMessage] = param(not_empty=True, shape=SOME_MESSAGE, doc="The conversation; the last turn of "
-                                        "the user is the one to answer.")
+    messages: List[ChatMessage] = param(not_empty=True, doc="The conversation; the last turn of the user is the one to "
+                                        "answer.")
     stream: bool = param(False, doc="Answer as server-sent events.")
     stream_options: StreamOptions = param(StreamOptions, doc="What a stream tells besides the answer.")
     n: int = param(1, minimum=1, maximum=8, doc="How many answers, each from a run of its own.")
@@ -2021,7 +1989,7 @@ class ChatRequest(Chat):
     response_format: ResponseFormat = param(ResponseFormat, doc="What form the answer has.")
     tools: List[Any] = param(list, doc=NOT_OFFERED)
     tool_choice: Any = param(None, doc="What the client's tools are for: `auto` or `none`.")
-    logprobs: bool = param(False, shape=NEVER, doc="No CLI gives them.")
+    logprobs: bool = param(False, doc="No CLI gives them.")
     user: Any = param(None, doc=LENIENT)
     metadata: Any = param(None, doc=LENIENT)
     clinvk: Optional[AgentOptions] = param(None, doc="How the chat runs.")
@@ -2061,12 +2029,9 @@ FILLS = ("You fill gaps in texts. You are given what stands before the gap, in <
 class CompletionRequest(Compat):
     """A text to complete. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
     PROMPT_AT: ClassVar[str] = "prompt"
-    SHAPE: ClassVar[Json] = {"anyOf": [
-        {"properties": {"prompt": {"anyOf": [BLANK_NOT, {"type": "array", "items": BLANK_NOT}]}}},
-        {"required": ["suffix"], "properties": {"suffix": {"type": "string", "minLength": 1}}}]}
     model: str = param(not_empty=True, doc=MODEL_DOC)
-    prompt: Union[str, List[str]] = param(longest=16, free_text=True, shape={"minItems": 1}, doc="The text, or several "
-                                          "texts. Only with a suffix it may be empty.")
+    prompt: Union[str, List[str]] = param(longest=16, free_text=True, doc="The text, or several texts. Only with a "
+                                          "suffix it may be empty.")
     suffix: str = param("", free_text=True, doc="What comes after the text that is asked for.")
     echo: bool = param(False, doc="The answer begins with the prompt.")
     stream: bool = param(False, doc="Answer as server-sent events.")
@@ -2074,8 +2039,8 @@ class CompletionRequest(Compat):
     n: int = param(1, minimum=1, maximum=8, doc="How many answers for each prompt, each from a run of its own.")
     stop: Union[None, str, List[str]] = param(None, longest=4, free_text=True, doc=STOP_DOC)
     max_tokens: Optional[int] = param(None, minimum=1, doc="Of the answer, where the CLI can.")
-    logprobs: Any = param(None, shape={"enum": [None]}, doc="No CLI gives them.")
-    best_of: Optional[int] = param(None, minimum=1, shape={"maximum": 1}, doc="1: no CLI tells which answer is best.")
+    logprobs: Any = param(None, doc="No CLI gives them.")
+    best_of: Optional[int] = param(None, minimum=1, doc="1: no CLI tells which answer is best.")
     user: Any = param(None, doc=LENIENT)
     clinvk: Optional[AgentOptions] = param(None, doc="How it runs.")
     unknown: Tuple[str, ...] = internal(())
@@ -2123,7 +2088,7 @@ class InputText(TextPart):
 class InputImage(Part):
     """A part of a message: an image."""
     type: str = param(choices=("input_image",))
-    image_url: str = param(shape=DATA_URL, doc="data:image/png;base64, and so on.")
+    image_url: str = param(doc="data:image/png;base64, and so on.")
     detail: Any = param(None, doc=LENIENT)
 
     def problems(self) -> Iterator[Problem]:
@@ -2211,21 +2176,16 @@ class Reasoning(Open):
 
 
 Item = Union[InputMessage, CallItem, OutputItem, SilentItem]
-SOME_INPUT_PART = with_any({"type": {"enum": ["input_text", "output_text", "text"]}, "text": BLANK_NOT},
-                           {"type": {"enum": ["refusal"]}, "refusal": BLANK_NOT}, {"type": {"enum": ["input_image"]}})
-SOME_ITEM = with_any({"role": {"enum": ["user", "assistant"]}, "type": {"enum": ["message", None]},
-                      "content": {"anyOf": [BLANK_NOT, {"type": "array", **SOME_INPUT_PART}]}})
 
 
 @dataclass(frozen=True)
 class ResponsesRequest(Chat):
     """A response, of which nothing is stored. Fields that are not here are accepted, and named in the answer's header
     X-Clinvk-Ignored."""
-    SHAPE: ClassVar[Json] = {"anyOf": [{"properties": {"tool_choice": NOT_FORCED}}, NO_TOOLS]}
     PROMPT_AT: ClassVar[str] = "input"
     model: str = param(not_empty=True, doc=MODEL_DOC)
-    input: Union[str, List[Item]] = param(not_empty=True, free_text=True, shape={"anyOf": [BLANK_NOT, {
-        "type": "array", **SOME_ITEM}]}, doc="The whole conversation; the last turn of the user is the one to answer.")
+    input: Union[str, List[Item]] = param(not_empty=True, free_text=True, doc="The whole conversation; the last turn "
+                                          "of the user is the one to answer.")
     instructions: str = param("", free_text=True, doc="The system prompt.")
     stream: bool = param(False, doc="Answer as server-sent events.")
     stream_options: StreamOptions = param(StreamOptions, doc="What a stream of chunks tells besides the answer.")
@@ -2235,9 +2195,9 @@ class ResponsesRequest(Chat):
     tools: List[Any] = param(list, doc=NOT_OFFERED)
     tool_choice: Any = param(None, doc="What the client's tools are for: `auto` or `none`.")
     parallel_tool_calls: Any = param(None, doc=LENIENT)
-    previous_response_id: Any = param(None, shape={"enum": [None]}, doc="Nothing is stored: send the whole input.")
-    conversation: Any = param(None, shape={"enum": [None]}, doc="Nothing is stored: send the whole input.")
-    background: bool = param(False, shape=NEVER, doc="Nothing is stored that could be fetched later.")
+    previous_response_id: Any = param(None, doc="Nothing is stored: send the whole input.")
+    conversation: Any = param(None, doc="Nothing is stored: send the whole input.")
+    background: bool = param(False, doc="Nothing is stored that could be fetched later.")
     metadata: Dict[str, str] = param(dict, free_text=True, doc="The answer repeats it.")
     user: Any = param(None, doc=LENIENT)
     clinvk: Optional[AgentOptions] = param(None, doc="How it runs.")
@@ -2302,10 +2262,9 @@ class TextBlock(TextPart):
 @dataclass(frozen=True)
 class ImageSource(Open):
     """An image, in base64."""
-    SHAPE: ClassVar[Json] = {"allOf": [{"required": ["data"], "properties": {"data": {"type": "string"}}}]}
-    type: str = param(choices=("base64", "url", "file"), shape={"enum": ["base64"]})
+    type: str = param(choices=("base64", "url", "file"))
     media_type: str = param("", doc="What counts is how the image begins.")
-    data: str = param("", shape=IMAGE_SHAPE)
+    data: str = param("")
 
     def problems(self) -> Iterator[Problem]:
         if self.type == "base64":
@@ -2450,20 +2409,11 @@ class OutputConfigParam(Open):
     format: Format = param(Format)
 
 
-SOME_BLOCK = with_any({"type": {"enum": ["text"]}, "text": BLANK_NOT},
-                      {"type": {"enum": ["image", "tool_use", "tool_result", "document", "search_result"]}})
-SOME_CONTENT: Json = {"anyOf": [BLANK_NOT, {"type": "array", **SOME_BLOCK}]}
-SOME_TURN: Json = {**with_any({"role": {"enum": ["user", "assistant"]}, "content": SOME_CONTENT}), "prefixItems": [
-    {"$ref": "#/components/schemas/MessageParam", "properties": {"role": {"enum": ["user", "system"]}}}]}
-
-
 @dataclass(frozen=True)
 class MessagesRequest(Chat):
     """A message. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
-    SHAPE: ClassVar[Json] = {"anyOf": [{"properties": {"tool_choice": {"properties": {"type": NOT_FORCED}}}}, NO_TOOLS]}
     model: str = param(not_empty=True, doc="As in a chat completion.")
-    messages: List[MessageParam] = param(not_empty=True, shape=SOME_TURN, doc="The conversation; the first turn "
-                                         "is the user's.")
+    messages: List[MessageParam] = param(not_empty=True, doc="The conversation; the first turn is the user's.")
     max_tokens: int = param(minimum=1, doc="Of the answer, where the CLI can.")
     system: Union[None, str, List[TextBlock]] = param(None, free_text=True, doc="The system prompt.")
     stream: bool = param(False, doc="Answer as server-sent events.")
@@ -9216,6 +9166,87 @@ def ways_in() -> Dict[str, List[str]]:
 # ==== OpenAPI =====================================================================================
 # In: the routes, and the shapes of what they take and answer. Out: OpenAPI 3.1 of this server, and its page.
 
+# ---- What is checked in code. The rules of fields become schemas by themselves; what `problems`, `prompt_request`,
+# `chat_request`, `chain` and Server.continued refuse besides is told here once more, or the document would not be true.
+
+NOT_BLANK = r"[^\s\x1c-\x1f\x85]"  # what str.strip() leaves, also where \s is ECMAScript's
+SOME_TEXT: Json = {"type": "string", "pattern": NOT_BLANK}
+FALSE, ABSENT = {"enum": [False]}, {"enum": [None]}
+# What `image_of` takes. As a regular expression of Python's it needs 400 MB for 9 MB.
+IMAGE_DATA = IMAGE_BEGINS.pattern + "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
+IMAGE_IN_URL: Json = {"pattern": f"^{IMAGE_URL.pattern}{IMAGE_DATA}$"}
+
+
+def words(*allowed: Optional[str]) -> Json:
+    return {"enum": list(allowed)}
+
+
+def with_some(*kinds: Json) -> Json:
+    """A list in which one item is of one of these kinds. Each says what fields it must have, and their schemas."""
+    objects = [{"type": "object", "required": list(fields), "properties": fields} for fields in kinds]
+    return {"contains": {"anyOf": objects}}
+
+
+def text_or_some(*kinds: Json) -> Json:
+    """A text that is not blank, or a list as above."""
+    return {"anyOf": [SOME_TEXT, {"type": "array", **with_some(*kinds)}]}
+
+
+def needs_schema(field: str) -> Json:
+    """An object that has this field, if its form is json_schema."""
+    return {"anyOf": [{"properties": {"type": words("text", "json_object", None)}},
+                      {"required": [field], "properties": {field: {"type": "object"}}}]}
+
+
+def forces_no_tool(choice: Json) -> Json:
+    """An object without tools, or whose `tool_choice` fits."""
+    return {"anyOf": [{"properties": {"tool_choice": choice}}, {"properties": {"tools": {"maxItems": 0}}}]}
+
+
+REFUSAL: Json = {"type": words("refusal"), "refusal": SOME_TEXT}
+SPEAKS = words("user", "assistant", "tool", "function")
+FREE_CHOICE = words("auto", "none", None)
+ONE_SESSION: Json = {"not": {"required": ["session_id", "ephemeral"], "properties": {
+    "session_id": {"type": "string"}, "ephemeral": {"enum": [True]}}}}
+# Model -> field, or "" for the model itself -> JSON Schema.
+CHECKED_IN_CODE: Dict[Any, Dict[str, Json]] = {
+    PromptRequest: {"": ONE_SESSION},
+    AgentOptions: {"": ONE_SESSION},
+    ChainRequest: {"pass_session_id": FALSE, "persist_sessions": FALSE},
+    ImageURL: {"url": IMAGE_IN_URL},
+    InputImage: {"image_url": IMAGE_IN_URL},
+    ImageSource: {"": {"allOf": [{"required": ["data"], "properties": {"data": {"type": "string"}}}]},
+                  "type": words("base64"), "data": {"pattern": f"^{IMAGE_DATA}$"}},
+    Format: {"": needs_schema("schema")},
+    ResponseFormat: {"": needs_schema("json_schema")},
+    ChatRequest: {
+        "": forces_no_tool(FREE_CHOICE), "logprobs": FALSE,
+        "messages": with_some(
+            {"role": SPEAKS, "content": text_or_some({"type": words("text"), "text": SOME_TEXT}, REFUSAL,
+                                                     {"type": words("image_url")})},
+            {"role": SPEAKS, "refusal": SOME_TEXT}, {"role": words("tool", "function")},
+            {"role": SPEAKS, "tool_calls": {"type": "array", "minItems": 1}})},
+    CompletionRequest: {
+        "": {"anyOf": [{"properties": {"prompt": {"anyOf": [SOME_TEXT, {"type": "array", "items": SOME_TEXT}]}}},
+                       {"required": ["suffix"], "properties": {"suffix": {"type": "string", "minLength": 1}}}]},
+        "prompt": {"minItems": 1}, "logprobs": ABSENT, "best_of": {"maximum": 1}},
+    ResponsesRequest: {
+        "": forces_no_tool(FREE_CHOICE), "previous_response_id": ABSENT, "conversation": ABSENT, "background": FALSE,
+        "input": text_or_some({
+            "role": words("user", "assistant"), "type": words("message", None),
+            "content": text_or_some({"type": words("input_text", "output_text", "text"), "text": SOME_TEXT}, REFUSAL,
+                                    {"type": words("input_image")})})},
+    MessagesRequest: {
+        "": forces_no_tool({"properties": {"type": FREE_CHOICE}}),
+        "messages": {**with_some({"role": words("user", "assistant"), "content": text_or_some(
+            {"type": words("text"), "text": SOME_TEXT},
+            {"type": words("image", "tool_use", "tool_result", "document", "search_result")})}), "prefixItems": [
+                {"$ref": "#/components/schemas/MessageParam",
+                 "properties": {"role": words("user", "system")}}]}}}
+
+
+# ---- Models and answers as JSON Schema
+
 class Schemas:
     """JSON Schema of models, which check requests, and of answers; each once, under its name."""
 
@@ -9223,31 +9254,30 @@ class Schemas:
         self.backends = list(backends)  # that can be asked for
         self.named: Dict[str, Json] = {}
 
-    def of(self, kind: Any, rules: Optional[Rules] = None) -> Json:
-        """`rules` are those of a model's field; answers have none."""
+    def of(self, kind: Any, rules: Optional[Rules] = None, **more: Any) -> Json:
+        """`rules` are those of a model's field, `more` what CHECKED_IN_CODE has of it; answers have neither."""
         origin, inner = get_origin(kind), get_args(kind)
-        shape = rules.shape if rules else {}
-        within = rules._replace(not_empty=False, shape={}) if rules else None
+        within = rules._replace(not_empty=False) if rules else None
         if origin is Annotated:
-            more = [note if isinstance(note, dict) else {"description": note} for note in inner[1:]]
-            return {**self.of(inner[0], rules), **{name: value for note in more for name, value in note.items()}}
+            notes = [note if isinstance(note, dict) else {"description": note} for note in inner[1:]]
+            return {**self.of(inner[0], rules), **{name: value for note in notes for name, value in note.items()}}
         if origin is Union:
-            return self.one_of(inner, rules)
+            return self.one_of(inner, rules, **more)
         if origin is Literal:
             return {"type": JSON_NAMES[type(inner[0])], "enum": list(inner)}
         if origin is list:
-            return {"type": "array", "items": self.of(inner[0], within), **list_rules(rules), **shape}
+            return {"type": "array", "items": self.of(inner[0], within), **list_rules(rules), **more}
         if origin is dict:
-            return {"type": "object", "additionalProperties": self.of(inner[1], within), **shape}
+            return {"type": "object", "additionalProperties": self.of(inner[1], within), **more}
         if rules and rules.names_backend and self.backends:
             return {"type": "string", "enum": self.backends}
         if kind in JSON_NAMES:
-            return {"type": JSON_NAMES[kind], **scalar_rules(kind, rules), **shape}
-        return dict(shape) if kind is Any else self.reference(kind)
+            return {"type": JSON_NAMES[kind], **scalar_rules(kind, rules), **more}
+        return more if kind is Any else self.reference(kind)
 
-    def one_of(self, kinds: Sequence[Any], rules: Optional[Rules]) -> Json:
+    def one_of(self, kinds: Sequence[Any], rules: Optional[Rules], **more: Any) -> Json:
         """Of a Union. In a model None says that the field may be left out."""
-        shown = [self.of(kind, rules) for kind in kinds if kind is not type(None)]
+        shown = [self.of(kind, rules, **more) for kind in kinds if kind is not type(None)]
         schema = shown[0] if len(shown) == 1 else {"anyOf": shown}
         return schema if rules or type(None) not in kinds else or_null(schema)
 
@@ -9261,9 +9291,10 @@ class Schemas:
         fields = wire_fields(kind) if dataclasses.is_dataclass(kind) else {}
         if fields:
             closed = {} if issubclass(kind, Open) else {"additionalProperties": False}
-            shown = {"properties": {name: self.field(field) for name, field in fields.items()},
+            checked = CHECKED_IN_CODE.get(kind, {})
+            shown = {"properties": {name: self.field(field, **checked.get(name, {})) for name, field in fields.items()},
                      "required": [name for name, field in fields.items() if field.required],
-                     **closed, **getattr(kind, "SHAPE", {})}
+                     **closed, **checked.get("", {})}
         else:
             hints = get_type_hints(kind, include_extras=True)
             shown = {"properties": {name: self.of(hint) for name, hint in hints.items()},
@@ -9271,9 +9302,9 @@ class Schemas:
         about = without_empty({"description": inspect.cleandoc(kind.__doc__ or "")})
         return {"type": "object", **about, **shown}
 
-    def field(self, field: WireField) -> Json:
+    def field(self, field: WireField, **more: Any) -> Json:
         """Of a field of a model: null means that it is not there."""
-        schema = self.of(field.kind, field.rules)
+        schema = self.of(field.kind, field.rules, **more)
         default = field.default if type(field.default) in JSON_NAMES and field.default != "" else None
         about = without_empty({"description": field.rules.doc, "default": default})
         return {**(schema if field.required else or_null(schema)), **about}
