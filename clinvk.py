@@ -2,6 +2,30 @@
 
 The file stands in the order a request travels: what is below uses what is above, never the reverse.
 SPEC n is a section of the contract, BACKENDS and PROTOCOLS are facts measured on the real CLIs.
+
+Errors        what a client can be told, one class each
+Fields        how models are declared and checked: requests, the config
+Config        the file, the environment and the flags, as one Config
+JSON Schema   what answers are held to that must fit one
+Requests      each API's requests as models; all of them become a PromptRequest
+Events        the steps of a run, and a run's Result
+Files         clinvk's own directories
+Backends      claude, codex, gemini, and any other CLI: how each is called and read
+Processes     slots to run in; CLIs as processes, ended with all their descendants
+Spares        CLIs that wait for a request, started ahead or after an answer
+Runs          one prompt and its answer, from the slot to the last event
+Sessions      runs that are stored, and can be gone on with
+Fan-out       several runs as one
+Answers       the shapes of what clients are answered
+Renderers     events as each API's answers, streams and errors
+Guards        who may come in; where a run may start
+Metrics       what has happened, for Prometheus
+Server        what lives as long as the server, and how it starts a run
+Routes        one function per endpoint
+OpenAPI       /openapi.json, made of the models and the shapes; /docs
+HTTP          the way of every request, as WSGI
+Connections   waitress, and what that does not do by itself
+Command line  serve, version
 """
 from __future__ import annotations
 
@@ -1364,6 +1388,8 @@ def utf8(text: str) -> bytes:
     return text.encode(errors="replace")
 
 
+# ---- /api/v1: one prompt, or several
+
 @dataclass(frozen=True)
 class PromptRequest:
     """One prompt for one backend. What is left out is taken from the config."""
@@ -1481,6 +1507,8 @@ class AgentOptions(PromptRequest):
     output_format: str = internal("default")
 
 
+# ---- With nothing left open
+
 @dataclass(frozen=True)
 class Settled(PromptRequest):
     """A PromptRequest with nothing left open: what a backend gets. Empty text and 0 mean "the CLI's own"."""
@@ -1538,6 +1566,8 @@ def named_model(model: str, backend: str, config: Config) -> str:
         raise UnknownModel(f"model: there is no such alias; set backends.{backend}.models.{model}")
     return str(meant)
 
+
+# ---- Which backend a model's name means
 
 # Words in a model's name -> the backend whose CLI knows it.
 MODEL_WORDS = (("claude|opus|sonnet|haiku", "claude"), (r"gpt|codex|(?<![a-z])o\d", "codex"), ("gemini", "gemini"))
@@ -2684,6 +2714,73 @@ def collect(events: Iterator[Event]) -> Result:
     return result
 
 
+# ==== Files =======================================================================================
+# In: a Config, names. Out: clinvk's own directories, and files that others read or write meanwhile.
+
+def own_directory(config: Config, name: str) -> Path:
+    """A directory in clinvk's home; both are made if need be, then for nobody else to read. A home that others share
+    stays open to them if it was chosen by CLINVK_HOME."""
+    directory = config.home / name
+    if not directory.is_dir():
+        config.home.parent.mkdir(parents=True, exist_ok=True)
+        config.home.mkdir(mode=0o700, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
+    if not config.environ.get("CLINVK_HOME") and config.home.stat().st_mode & 0o077:
+        config.home.chmod(0o700)
+    return directory
+
+
+def link(source: Path, target: Path) -> None:
+    """`target` points at `source`, if that exists: a login that the CLI refreshes is refreshed for the user, too."""
+    if target.is_symlink() and os.readlink(target) == str(source) and source.exists():
+        return
+    with contextlib.suppress(FileNotFoundError):
+        target.unlink()
+    if source.exists():
+        with contextlib.suppress(FileExistsError):  # another run was first
+            target.symlink_to(source)
+
+
+def file_stamp(file: Path) -> str:
+    """What changes when a file does, or when another takes its place; "nothing" if there is none that we may see."""
+    try:
+        status = file.stat()
+    except OSError:
+        return "nothing"
+    return f"{os.path.realpath(file)} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
+
+
+def write_whole(target: Path, text: str) -> None:
+    """A file that others read meanwhile has its old text or its new one. Mode 0600."""
+    handle, name = tempfile.mkstemp(dir=target.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(name, target)
+
+
+def scratch_directory(config: Config) -> Path:
+    """A new directory for one run. Its name says whose it is, for `sweep`."""
+    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=own_directory(config, "runs")))
+
+
+def sweep(config: Config) -> None:
+    """Remove the scratch directories of servers that were killed."""
+    for directory in (config.home / "runs").glob("*-*"):
+        owner = directory.name.partition("-")[0]
+        if owner.isdigit() and not is_alive(int(owner)):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 # ==== Backends ====================================================================================
 # In: a Settled request. Out: a command line, the messages that ask it, and the events in what the CLI prints.
 
@@ -2927,6 +3024,16 @@ class Rehearsal:
         pass
 
 
+NOT_ALLOWED = "not allowed by the request's approval_mode and sandbox_mode"
+
+
+def grants_leave(request: Settled) -> bool:
+    """Whether a tool that asks for leave gets it."""
+    return request.approval_mode == "auto" and request.sandbox_mode != "read-only" and not request.isolated
+
+
+# ---- What is not shown: secrets, and noise
+
 def without_secrets(text: str, environ: Mapping[str, str]) -> str:
     """`text` less the values of the variables whose names say that they are secret."""
     for name, value in environ.items():
@@ -2966,14 +3073,6 @@ def secrets_in(config: Config) -> List[str]:
             if without_secret_values(words) != words:
                 found.append(f"backends.{name}.{key}")
     return found
-
-
-NOT_ALLOWED = "not allowed by the request's approval_mode and sandbox_mode"
-
-
-def grants_leave(request: Settled) -> bool:
-    """Whether a tool that asks for leave gets it."""
-    return request.approval_mode == "auto" and request.sandbox_mode != "read-only" and not request.isolated
 
 
 def quiet(stderr: str, noise: str) -> str:
@@ -4477,72 +4576,6 @@ def read_json_with_comments(file: Path) -> Json:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-# ---- Files for the model way
-
-def own_directory(config: Config, name: str) -> Path:
-    """A directory in clinvk's home; both are made if need be, then for nobody else to read. A home that others share
-    stays open to them if it was chosen by CLINVK_HOME."""
-    directory = config.home / name
-    if not directory.is_dir():
-        config.home.parent.mkdir(parents=True, exist_ok=True)
-        config.home.mkdir(mode=0o700, exist_ok=True)
-        directory.mkdir(mode=0o700, exist_ok=True)
-    if not config.environ.get("CLINVK_HOME") and config.home.stat().st_mode & 0o077:
-        config.home.chmod(0o700)
-    return directory
-
-
-def link(source: Path, target: Path) -> None:
-    """`target` points at `source`, if that exists: a login that the CLI refreshes is refreshed for the user, too."""
-    if target.is_symlink() and os.readlink(target) == str(source) and source.exists():
-        return
-    with contextlib.suppress(FileNotFoundError):
-        target.unlink()
-    if source.exists():
-        with contextlib.suppress(FileExistsError):  # another run was first
-            target.symlink_to(source)
-
-
-def file_stamp(file: Path) -> str:
-    """What changes when a file does, or when another takes its place; "nothing" if there is none that we may see."""
-    try:
-        status = file.stat()
-    except OSError:
-        return "nothing"
-    return f"{os.path.realpath(file)} {status.st_ino} {status.st_mtime_ns} {status.st_size}"
-
-
-def write_whole(target: Path, text: str) -> None:
-    """A file that others read meanwhile has its old text or its new one. Mode 0600."""
-    handle, name = tempfile.mkstemp(dir=target.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(name, target)
-
-
-def scratch_directory(config: Config) -> Path:
-    """A new directory for one run. Its name says whose it is, for `sweep`."""
-    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=own_directory(config, "runs")))
-
-
-def sweep(config: Config) -> None:
-    """Remove the scratch directories of servers that were killed."""
-    for directory in (config.home / "runs").glob("*-*"):
-        owner = directory.name.partition("-")[0]
-        if owner.isdigit() and not is_alive(int(owner)):
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 # ---- Any other CLI, and none
@@ -7889,6 +7922,8 @@ def plain_path(path: str) -> str:
     return re.sub("/+", "/", text).rstrip("/") or "/"
 
 
+# ---- Host and Origin: no web page may drive the CLIs
+
 def check_host(config: Config, head: Head) -> None:
     """A page that rebinds its own name to 127.0.0.1 still sends that name. Without keys, other machines need a name
     that was allowed by hand: what they say in Host is up to them."""
@@ -7993,6 +8028,8 @@ def preflight_headers(config: Config, head: Head) -> Dict[str, str]:
     return headers
 
 
+# ---- Keys, and the type of a body
+
 def check_key(config: Config, head: Head) -> None:
     if not config.keys or is_open(head.path) or is_preflight(head):
         return
@@ -8018,6 +8055,8 @@ def check_type(head: Head) -> None:
 
 GUARDS: Tuple[Callable[[Config, Head], None], ...] = (check_host, check_origin, check_key)  # `check_type` is by route
 
+
+# ---- Rate limit
 
 class RateLimit:
     """A bucket of tokens per client address: a request takes one, `rate_limit_rps` flow back in each second, up to
@@ -8090,6 +8129,8 @@ def in_networks(address: str, networks: Iterable[str]) -> bool:
     plain = getattr(found, "ipv4_mapped", None) or found
     return any(plain in ipaddress.ip_network(network, strict=False) for network in networks)
 
+
+# ---- Where a run may start, and with which flags
 
 BLOCKED_PREFIXES = ("/etc", "/var/run", "/var/lock", "/root", "/sys", "/proc", "/dev", "/usr/bin", "/usr/sbin", "/bin",
                     "/sbin", "/boot", "/lib", "/lib64", "/usr/lib", "/usr/lib64")
@@ -8653,6 +8694,86 @@ def json_answer(value: Any, status: int = 200, **headers: str) -> Answer:
     return Answer([to_json(value)], status, headers={name.replace("_", "-"): text for name, text in headers.items()})
 
 
+# ---- How an answer is sent: as it comes, or whole
+
+def alone(events: Events) -> Tolds:
+    """What the only run of a request tells."""
+    with contextlib.closing(events):
+        for event in events:
+            yield Told(0, event)
+
+
+def streamed(told: Tolds, renderer: Renderer, headers: Mapping[str, str], until: Any) -> Answer:
+    """Answer as it comes. Nothing is sent before the first event of `until`, or SILENCE, so that a run which fails at
+    once is an HTTP error here, too."""
+    begun, patience_ends = [], time.monotonic() + SILENCE
+    with closed_on_error(told):
+        for one in told:
+            begun.append(one)
+            if isinstance(one.event, until) or time.monotonic() > patience_ends:
+                break
+            if isinstance(one.event, Failure):
+                raise one.event.error
+    body = renderer.stream(itertools.chain(begun, to_the_end(told)))
+    return Answer(body, content_type=renderer.stream_type, headers={**headers, **UNBUFFERED}, close=told.close)
+
+
+def never_silent(told: Tolds, shown: Tuple[Type[Event], ...]) -> Tolds:
+    """`told`, and a Progress per SILENCE in which nothing has come of what the client is shown."""
+    shown_at = time.monotonic()
+    with contextlib.closing(told):
+        for one in told:
+            if not isinstance(one.event, shown) and time.monotonic() - shown_at >= SILENCE:
+                yield Told(one.task, Progress("running", "nothing of the answer has come"))
+                shown_at = time.monotonic()
+            elif isinstance(one.event, shown):
+                shown_at = time.monotonic()
+            yield one
+
+
+def to_the_end(told: Tolds) -> Iterator[Told]:
+    """`told`, and the end that a stream must have if the run can not even be started."""
+    try:
+        yield from told
+    except ClinvkError as error:
+        yield Told(0, Failure(error))
+        yield Told(0, Done(-1))
+
+
+def collected(told: Tolds, renderer: Renderer, headers: Mapping[str, str], *, fails: bool = False) -> Answer:
+    """Answer in one piece; with `fails`, a failed run is an HTTP error: that of the first which failed."""
+    results = [Result() for _ in range(renderer.asked.answers)]
+    failures: List[ClinvkError] = []
+    with contextlib.closing(told):
+        for index, event in told:
+            results[index].add(event)
+            failures += [event.error] if isinstance(event, Failure) else []
+    if fails and failures:
+        raise failures[0]
+    return Answer(renderer.whole(results), headers=headers)
+
+
+@contextlib.contextmanager
+def closed_on_error(source: Union[Tolds, Answer]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        source.close()
+        raise
+
+
+def shown_as(told: Tolds, shown: Several, *, stream: bool) -> Answer:
+    """The answer of a fan-out, as it happens or at its end."""
+    if stream:
+        first = list(itertools.islice(told, 1))  # by then a run has begun, and the headers can tell how
+        body = shown.stream(itertools.chain(first, told))
+        return Answer(body, content_type=Native.stream_type, headers=UNBUFFERED, close=told.close)
+    with contextlib.closing(told):
+        return Answer(shown.whole(told))
+
+
+# ---- /api/v1: one run
+
 @route("POST", "/api/v1/prompt", body=PromptRequest, where="body", answer=PromptAnswer, events=EventLine,
        errors=(Invalid, NotFound, Conflict, BackendUnavailable, StoreUnavailable, TimedOut, Canceled),
        headers=("X-Clinvk-Start",), example={"backend": "echo", "prompt": "hello", "ephemeral": True})
@@ -8665,6 +8786,8 @@ def prompt(server: Server, call: Call) -> Answer:
         return streamed(alone(started.events), renderer, {}, until=Event)
     return collected(alone(started.events), renderer, {})
 
+
+# ---- /api/v1: several runs
 
 @route("POST", "/api/v1/parallel", body=ParallelRequest, where="body", answer=ParallelAnswer, events=EventLine,
        errors=(Invalid, BackendUnavailable, Canceled), headers=("X-Clinvk-Start",),
@@ -8799,15 +8922,7 @@ def starter(server: Server, call: Call, tasks: Sequence[PromptRequest], places: 
     return lambda index, stop: start_task(server, tasks[index], stop, places[index], call.ran).events
 
 
-def shown_as(told: Tolds, shown: Several, *, stream: bool) -> Answer:
-    """The answer of a fan-out, as it happens or at its end."""
-    if stream:
-        first = list(itertools.islice(told, 1))  # by then a run has begun, and the headers can tell how
-        body = shown.stream(itertools.chain(first, told))
-        return Answer(body, content_type=Native.stream_type, headers=UNBUFFERED, close=told.close)
-    with contextlib.closing(told):
-        return Answer(shown.whole(told))
-
+# ---- OpenAI and Anthropic: chats
 
 CHAT_ERRORS = (Invalid, UnknownModel, NotFound, Conflict, BackendAuth, RateLimited, BackendUnavailable, BackendFailed,
                StoreUnavailable, TimedOut, Canceled)
@@ -8884,71 +8999,7 @@ def started_runs(server: Server, call: Call, prompts: List[PromptRequest]) -> Tu
                           fail_fast=True)
 
 
-def alone(events: Events) -> Tolds:
-    """What the only run of a request tells."""
-    with contextlib.closing(events):
-        for event in events:
-            yield Told(0, event)
-
-
-def streamed(told: Tolds, renderer: Renderer, headers: Mapping[str, str], until: Any) -> Answer:
-    """Answer as it comes. Nothing is sent before the first event of `until`, or SILENCE, so that a run which fails at
-    once is an HTTP error here, too."""
-    begun, patience_ends = [], time.monotonic() + SILENCE
-    with closed_on_error(told):
-        for one in told:
-            begun.append(one)
-            if isinstance(one.event, until) or time.monotonic() > patience_ends:
-                break
-            if isinstance(one.event, Failure):
-                raise one.event.error
-    body = renderer.stream(itertools.chain(begun, to_the_end(told)))
-    return Answer(body, content_type=renderer.stream_type, headers={**headers, **UNBUFFERED}, close=told.close)
-
-
-def never_silent(told: Tolds, shown: Tuple[Type[Event], ...]) -> Tolds:
-    """`told`, and a Progress per SILENCE in which nothing has come of what the client is shown."""
-    shown_at = time.monotonic()
-    with contextlib.closing(told):
-        for one in told:
-            if not isinstance(one.event, shown) and time.monotonic() - shown_at >= SILENCE:
-                yield Told(one.task, Progress("running", "nothing of the answer has come"))
-                shown_at = time.monotonic()
-            elif isinstance(one.event, shown):
-                shown_at = time.monotonic()
-            yield one
-
-
-def to_the_end(told: Tolds) -> Iterator[Told]:
-    """`told`, and the end that a stream must have if the run can not even be started."""
-    try:
-        yield from told
-    except ClinvkError as error:
-        yield Told(0, Failure(error))
-        yield Told(0, Done(-1))
-
-
-def collected(told: Tolds, renderer: Renderer, headers: Mapping[str, str], *, fails: bool = False) -> Answer:
-    """Answer in one piece; with `fails`, a failed run is an HTTP error: that of the first which failed."""
-    results = [Result() for _ in range(renderer.asked.answers)]
-    failures: List[ClinvkError] = []
-    with contextlib.closing(told):
-        for index, event in told:
-            results[index].add(event)
-            failures += [event.error] if isinstance(event, Failure) else []
-    if fails and failures:
-        raise failures[0]
-    return Answer(renderer.whole(results), headers=headers)
-
-
-@contextlib.contextmanager
-def closed_on_error(source: Union[Tolds, Answer]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        source.close()
-        raise
-
+# ---- Backends, sessions, health, metrics
 
 @route("GET", "/api/v1/backends", answer=Backends)
 def backends(server: Server, call: Call) -> Answer:
@@ -9053,6 +9104,8 @@ def current_metrics(server: Server) -> Iterator[str]:
     yield gauge("clinvk_runs_waiting", "Runs that wait for a slot.", len(server.slots.waiting))
 
 
+# ---- Models, and how many tokens a request has
+
 def model_names(server: Server) -> List[str]:
     """What a client can choose from: each backend that can run, its aliases and its default model."""
     names: List[str] = []
@@ -9146,6 +9199,8 @@ def count_tokens(server: Server, call: Call) -> Answer:
     counted: TokenEstimate = {"input_tokens": max(1, estimate(request.characters()))}
     return json_answer(counted, X_Clinvk_Estimate="true")
 
+
+# ---- The ways in
 
 @route("GET", "/", "/anthropic", "/openai/v1", answer=Dict[str, Any])
 def root(server: Server, call: Call) -> Answer:
@@ -9804,7 +9859,8 @@ def pattern_of(path: str) -> str:
         return "unmatched"
 
 
-# ---- Connections: what waitress does not do
+# ==== Connections =================================================================================
+# In: a Server. Out: a listening socket and what comes through it: waitress, and what that does not do by itself.
 
 class PatientTask(waitress.task.WSGITask):
     """Waits for a client that reads a stream slowly, but no longer than its run may take: waitress would wait for ever.
