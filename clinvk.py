@@ -7282,12 +7282,13 @@ class Asked:
     answers: int = 1  # how many runs it asks for
 
 
+SaidKind = Literal["text", "thinking", "refusal"]  # what a run says to the client
+
+
 class Renderer:
     """One API's way to write answers. An instance serves one request.
 
-    Both `whole` and `stream` are given what several runs say, if the API has that, else what one says. The events of
-    `stream` end with a Done for each run; a Failure in them becomes the API's own kind of error in the stream. It must
-    leave `told` to its caller to close."""
+    Both `whole` and `stream` are given what several runs say, if the API has that, else what one says."""
     name: ClassVar[str]  # of the API
     stream_type = "text/event-stream"
     shown: ClassVar[Tuple[Type[Event], ...]] = (Message, Thinking, Refusal, Progress, Failure, Done)  # of a stream
@@ -7301,7 +7302,59 @@ class Renderer:
         raise NotImplementedError
 
     def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
+        """What is told ends with a Done for each run, or with a Failure. Closing `told` is left to the caller."""
+        voices = [Voice() for _ in range(self.asked.answers)]
+        begun = False
+        for index, event in told:
+            if isinstance(event, TokenUsage):
+                voices[index].usage = event.usage
+                continue
+            if not begun:
+                begun = True
+                yield from self.begins(voices)
+            if isinstance(event, Message):
+                yield from self.says(index, "text", voices[index].add(event))
+            elif isinstance(event, Thinking):
+                yield from self.says(index, "thinking", event.text)
+            elif isinstance(event, Refusal):
+                yield from self.says(index, "refusal", event.text)
+            elif isinstance(event, Progress):
+                yield from self.keeps_alive()
+            elif isinstance(event, Failure):
+                yield from self.fails(event.error)
+                return
+            elif isinstance(event, Done):
+                voices[index].done = True
+                yield from self.ends(index, event, voices[index])
+                if all(voice.done for voice in voices):
+                    yield from self.finishes(voices)
+                    return
+
+    # ---- The parts of a stream
+
+    def begins(self, voices: Sequence[Voice]) -> Iterator[bytes]:
         raise NotImplementedError
+
+    def says(self, index: int, kind: SaidKind, text: str) -> Iterator[bytes]:
+        raise NotImplementedError
+
+    def keeps_alive(self) -> Iterator[bytes]:
+        """What has no meaning but that the run goes on."""
+        raise NotImplementedError
+
+    def fails(self, error: ClinvkError) -> Iterator[bytes]:
+        """The API's own kind of error in a stream."""
+        raise NotImplementedError
+
+    def ends(self, index: int, done: Done, voice: Voice) -> Iterator[bytes]:
+        """The end of one answer."""
+        raise NotImplementedError
+
+    def finishes(self, voices: Sequence[Voice]) -> Iterator[bytes]:
+        """What comes after the end of the last answer."""
+        return iter(())
+
+    # ---- Errors, and counts
 
     @classmethod
     def status(cls, error: Union[ClinvkError, Type[ClinvkError]]) -> int:
@@ -7482,6 +7535,7 @@ class ChatCompletions(OpenAI):
     """SPEC 2.4: chat completions. Each run is one of the choices."""
     ID, WHOLE, PIECE = "chatcmpl-", "chat.completion", "chat.completion.chunk"
     NOTHING: ClassVar[Json] = {"delta": {}}  # what the last chunk of a choice adds
+    FIELDS: ClassVar[Dict[SaidKind, str]] = {"text": "content", "thinking": "reasoning_content", "refusal": "refusal"}
 
     def __init__(self, asked: Asked, *, include_usage: bool = False) -> None:
         super().__init__(asked)
@@ -7506,42 +7560,27 @@ class ChatCompletions(OpenAI):
             message["reasoning_content"], texts[thought] = thought, result.thoughts
         return {"message": message}
 
-    def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
-        voices = [Voice() for _ in range(self.asked.answers)]
+    def begins(self, voices: Sequence[Voice]) -> Iterator[bytes]:
         for index in range(len(voices)):
-            yield from self.begins(index)
-        for index, event in told:
-            if isinstance(event, Message):
-                yield self.says(index, voices[index].add(event))
-            elif isinstance(event, (Thinking, Refusal)):
-                yield from self.says_besides(index, event)
-            elif isinstance(event, TokenUsage):
-                voices[index].usage = event.usage
-            elif isinstance(event, Progress):
-                yield b": keepalive\n\n"
-            elif isinstance(event, Failure):
-                yield server_sent(self.error(event.error, self.asked.request_id))
-                return
-            elif isinstance(event, Done):
-                yield self.chunk(index, self.NOTHING, FINISH_REASONS[event.stop])
-                voices[index].done = True
-                if all(voice.done for voice in voices):
-                    break
+            yield self.chunk(index, {"delta": {"role": "assistant", "content": ""}})
+
+    def says(self, index: int, kind: SaidKind, text: str) -> Iterator[bytes]:
+        yield self.chunk(index, {"delta": {self.FIELDS[kind]: text}})
+
+    def keeps_alive(self) -> Iterator[bytes]:
+        yield b": keepalive\n\n"
+
+    def fails(self, error: ClinvkError) -> Iterator[bytes]:
+        yield server_sent(self.error(error, self.asked.request_id))
+
+    def ends(self, index: int, done: Done, voice: Voice) -> Iterator[bytes]:
+        yield self.chunk(index, self.NOTHING, FINISH_REASONS[done.stop])
+
+    def finishes(self, voices: Sequence[Voice]) -> Iterator[bytes]:
         if self.include_usage:
             usage = total(map(self.counted, voices))
             yield server_sent({**self.base, "object": self.PIECE, "choices": [], "usage": openai_usage(usage)})
         yield b"data: [DONE]\n\n"
-
-    def begins(self, index: int) -> Iterator[bytes]:
-        yield self.chunk(index, {"delta": {"role": "assistant", "content": ""}})
-
-    def says(self, index: int, text: str) -> bytes:
-        return self.chunk(index, {"delta": {"content": text}})
-
-    def says_besides(self, index: int, event: Union[Thinking, Refusal]) -> Iterator[bytes]:
-        """What is not the answer's text."""
-        name = "reasoning_content" if isinstance(event, Thinking) else "refusal"
-        yield self.chunk(index, {"delta": {name: event.text}})
 
     def chunk(self, index: int, added: Json, finish_reason: Optional[str] = None) -> bytes:
         choice = {"index": index, **added, "finish_reason": finish_reason, "logprobs": None}
@@ -7571,15 +7610,13 @@ class Completions(ChatCompletions):
         texts[text][:0] = self.prompts[index:index + 1]
         return {"text": text}
 
-    def begins(self, index: int) -> Iterator[bytes]:
-        if self.prompts:
-            yield self.says(index, self.prompts[index])
+    def begins(self, voices: Sequence[Voice]) -> Iterator[bytes]:
+        for index, prompt in enumerate(self.prompts):
+            yield from self.says(index, "text", prompt)
 
-    def says(self, index: int, text: str) -> bytes:
-        return self.chunk(index, {"text": text})
-
-    def says_besides(self, index: int, event: Union[Thinking, Refusal]) -> Iterator[bytes]:
-        return iter(())
+    def says(self, index: int, kind: SaidKind, text: str) -> Iterator[bytes]:
+        if kind == "text":
+            yield self.chunk(index, {"text": text})
 
 
 def server_sent(value: Any, event: str = "") -> bytes:
@@ -7619,14 +7656,14 @@ class OutputKind(NamedTuple):
 
 
 ASSISTANT: Json = {"type": "message", "role": "assistant"}
-OUTPUT_KINDS = {
-    "message": OutputKind(
+OUTPUT_KINDS: Dict[SaidKind, OutputKind] = {
+    "text": OutputKind(
         "msg_", ASSISTANT, parts="content", part={"type": "output_text", "annotations": [], "logprobs": []},
         text="text", events="output_text", part_events="content_part", place="content_index", more={"logprobs": []}),
     "refusal": OutputKind(
         "msg_", ASSISTANT, parts="content", part={"type": "refusal"}, text="refusal",
         events="refusal", part_events="content_part", place="content_index"),
-    "reasoning": OutputKind(
+    "thinking": OutputKind(
         "rs_", {"type": "reasoning"}, parts="summary", part={"type": "summary_text"}, text="text",
         events="reasoning_summary_text", part_events="reasoning_summary_part", place="summary_index")}
 # What every response says of itself; clinvk stores none, and offers no tools.
@@ -7639,7 +7676,7 @@ RESPONSE: Json = {
 class Output:
     """One item of a response's output."""
 
-    def __init__(self, kind: str, pieces: List[str]) -> None:
+    def __init__(self, kind: SaidKind, pieces: List[str]) -> None:
         self.kind, self.how, self.pieces = kind, OUTPUT_KINDS[kind], pieces
         self.id = self.how.prefix + uuid.uuid4().hex
         self.text = marker()  # stands for its text
@@ -7673,15 +7710,15 @@ class Responses(OpenAI):
     def whole(self, results: Sequence[Result]) -> List[bytes]:
         usage, (result,) = self.usage(results), results
         if result.thoughts:
-            self.output.append(Output("reasoning", result.thoughts))
+            self.output.append(Output("thinking", result.thoughts))
         if result.refusal is None:
-            self.output.append(Output("message", result.said))
+            self.output.append(Output("text", result.said))
         else:
             self.output.append(Output("refusal", [result.refusal]))
-        return [*spliced(self.ended(result.done, usage), long_texts(self.output, last=True))]
+        return [*spliced(self.whole_response(result.done, usage), long_texts(self.output, last=True))]
 
-    def ended(self, done: Done, usage: Usage) -> Json:
-        """The response as a whole, with a marker for each text."""
+    def whole_response(self, done: Done, usage: Usage) -> Json:
+        """With a marker for each text."""
         status = RESPONSE_STATUSES[done.stop]
         reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
         *before, last = self.output
@@ -7693,34 +7730,25 @@ class Responses(OpenAI):
         return {**self.base, "status": status, "error": None, "incomplete_details": None, "usage": None,
                 "output": output, **more}
 
-    def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
-        voice = Voice()
+    def begins(self, voices: Sequence[Voice]) -> Iterator[bytes]:
         yield from self.event("response.created", response=self.response("in_progress"))
+        yield from self.keeps_alive()
+
+    def keeps_alive(self) -> Iterator[bytes]:
+        """An event: codex counts no comments."""
         yield from self.event("response.in_progress", response=self.response("in_progress"))
-        for _, event in told:
-            if isinstance(event, Message):
-                yield from self.adds("message", voice.add(event))
-            elif isinstance(event, Thinking):
-                yield from self.adds("reasoning", event.text)
-            elif isinstance(event, Refusal):
-                yield from self.adds("refusal", event.text)
-            elif isinstance(event, TokenUsage):
-                voice.usage = event.usage
-            elif isinstance(event, Progress):  # codex counts no comments
-                yield from self.event("response.in_progress", response=self.response("in_progress"))
-            elif isinstance(event, Failure):
-                yield from self.event("response.failed", response=self.failed(event.error))
-                return
-            elif isinstance(event, Done):
-                yield from self.finishes(event, self.counted(voice))
-                return
+
+    def fails(self, error: ClinvkError) -> Iterator[bytes]:
+        kind, code = error.openai
+        told = {"type": kind, "code": self.final_code or code or kind, "message": error.whole}
+        yield from self.event("response.failed", response=self.response("failed", error=told))
 
     def event(self, kind: str, texts: Optional[Dict[str, List[str]]] = None, **fields: Any) -> Iterator[bytes]:
         """One event; sent in one piece, if it has none of the long texts."""
         value = {"type": kind, "sequence_number": next(self.sequence), **fields}
         return long_sent(value, texts, kind) if texts else iter([server_sent(value, kind)])
 
-    def adds(self, kind: str, text: str) -> Iterator[bytes]:
+    def says(self, index: int, kind: SaidKind, text: str) -> Iterator[bytes]:
         """More text of the item that is open, or of a new one."""
         if not self.output or self.output[-1].kind != kind:
             yield from self.closes("completed")
@@ -7752,19 +7780,14 @@ class Responses(OpenAI):
         yield from self.event("response.output_item.done", texts(), output_index=len(self.output) - 1,
                               item=item.item(status, [item.part]))
 
-    def finishes(self, done: Done, usage: Usage) -> Iterator[bytes]:
-        """The end of an answer, which has a message in any case."""
-        if not self.output or self.output[-1].kind == "reasoning":
-            yield from self.adds("message", "")
+    def ends(self, index: int, done: Done, voice: Voice) -> Iterator[bytes]:
+        """It has a message in any case."""
+        if not self.output or self.output[-1].kind == "thinking":
+            yield from self.says(index, "text", "")
         status = RESPONSE_STATUSES[done.stop]
         yield from self.closes(status)
-        response = self.ended(done, usage)
+        response = self.whole_response(done, self.counted(voice))
         yield from self.event(f"response.{status}", long_texts(self.output, last=True), response=response)
-
-    def failed(self, error: ClinvkError) -> Json:
-        kind, code = error.openai
-        told = {"type": kind, "code": self.final_code or code or kind, "message": error.whole}
-        return self.response("failed", error=told)
 
 
 RESPONSE_STATUSES = {"end": "completed", "length": "incomplete", "sequence": "completed"}
@@ -7787,6 +7810,7 @@ class Anthropic(Renderer):
         super().__init__(asked)
         self.base: Json = {"id": "msg_" + uuid.uuid4().hex, "type": "message", "role": "assistant",
                            "model": asked.model}
+        self.blocks, self.refused = Blocks(), False  # of a stream
 
     def whole(self, results: Sequence[Result]) -> List[bytes]:
         text, thought, (result,) = marker(), marker(), results
@@ -7800,40 +7824,28 @@ class Anthropic(Renderer):
         return [*spliced({**self.base, "content": content, **stop, "usage": anthropic_usage(self.usage(results))},
                          texts)]
 
-    def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
-        blocks, voice, begun, refused = Blocks(), Voice(), False, False
-        for _, event in told:
-            if isinstance(event, TokenUsage):
-                voice.usage = event.usage
-                continue
-            if not begun:
-                begun = True
-                yield self.message_start(self.counted(voice))
-            if isinstance(event, Message):
-                yield from blocks.say("text", voice.add(event))
-            elif isinstance(event, Refusal):
-                refused = True
-                yield from blocks.say("text", event.text)
-            elif isinstance(event, Thinking):
-                yield from blocks.say("thinking", event.text)
-            elif isinstance(event, Progress):
-                yield server_sent({"type": "ping"}, "ping")
-            elif isinstance(event, Failure):
-                yield server_sent(self.error(event.error, self.asked.request_id), "error")
-                return
-            elif isinstance(event, Done):
-                yield from blocks.finish()
-                yield server_sent({"type": "message_delta", "delta": stop_of(event, refused=refused),
-                                   "usage": anthropic_usage(self.counted(voice))}, "message_delta")
-                yield server_sent({"type": "message_stop"}, "message_stop")
-                return
-
-    def message_start(self, usage: Usage) -> bytes:
-        counts = anthropic_usage(usage)
+    def begins(self, voices: Sequence[Voice]) -> Iterator[bytes]:
+        counts = anthropic_usage(self.counted(voices[0]))
         message = {**self.base, "content": [], "stop_reason": None, "stop_sequence": None,
                    "usage": {**counts, "input_tokens": max(1, counts["input_tokens"]), "output_tokens": 1}}
-        return server_sent({"type": "message_start", "message": message}, "message_start") + server_sent(
-            {"type": "ping"}, "ping")
+        yield b"".join([server_sent({"type": "message_start", "message": message}, "message_start"),
+                        *self.keeps_alive()])
+
+    def says(self, index: int, kind: SaidKind, text: str) -> Iterator[bytes]:
+        self.refused = self.refused or kind == "refusal"
+        return self.blocks.say("thinking" if kind == "thinking" else "text", text)
+
+    def keeps_alive(self) -> Iterator[bytes]:
+        yield server_sent({"type": "ping"}, "ping")
+
+    def fails(self, error: ClinvkError) -> Iterator[bytes]:
+        yield server_sent(self.error(error, self.asked.request_id), "error")
+
+    def ends(self, index: int, done: Done, voice: Voice) -> Iterator[bytes]:
+        yield from self.blocks.finish()
+        yield server_sent({"type": "message_delta", "delta": stop_of(done, refused=self.refused),
+                           "usage": anthropic_usage(self.counted(voice))}, "message_delta")
+        yield server_sent({"type": "message_stop"}, "message_stop")
 
     @classmethod
     def error(cls, error: ClinvkError, request_id: str) -> AnthropicError:
