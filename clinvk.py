@@ -119,9 +119,13 @@ class ClinvkError(Exception):
     openai: Tuple[str, Optional[str]] = ("api_error", None)  # type, code
     anthropic: str = "api_error"
     prompted = False  # whether a CLI had already been given the prompt: then SDKs must not repeat the request
-    retry_after: Optional[float] = None  # seconds
     problems: Sequence[Problem] = ()
     details = ""  # what the CLI wrote about it
+
+    def __init__(self, message: str, *, retry_after: Optional[float] = None) -> None:
+        """`retry_after`: seconds."""
+        super().__init__(message)
+        self.retry_after = retry_after
 
     @property
     def whole(self) -> str:
@@ -1863,11 +1867,12 @@ NOT_OFFERED = "Not offered to the CLI in this version."
 class Chat(Compat):
     """A conversation to go on with. Each API has one kind, and OpenAI's has two."""
     tools: List[Any]
+    tool_choice: Any
 
     @property
     def choice(self) -> Any:
         """What is to become of the client's tools, in OpenAI's words."""
-        raise NotImplementedError
+        return self.tool_choice
 
     def turns(self) -> List[Turn]:
         """All that has been said, with the system prompt."""
@@ -2032,10 +2037,6 @@ class ChatRequest(Chat):
     @property
     def stops(self) -> List[str]:
         return texts_of(self.stop)
-
-    @property
-    def choice(self) -> Any:
-        return self.tool_choice
 
     def turns(self) -> List[Turn]:
         return [message.turn() for message in self.messages]
@@ -2241,10 +2242,6 @@ class ResponsesRequest(Chat):
         if self.background:
             yield Problem("background", "can not be true, as clinvk stores no responses: stream, if the answer takes "
                                         "long")
-
-    @property
-    def choice(self) -> Any:
-        return self.tool_choice
 
     def turns(self) -> List[Turn]:
         items = self.input if isinstance(self.input, list) else [InputMessage("user", self.input)]
@@ -2960,9 +2957,13 @@ class Backend:
         """Whether the process that has answered this can take another turn."""
         return True
 
+    def stored_files(self) -> Iterable[Path]:
+        """Where the CLI has stored the conversation, if another process can go on with it."""
+        return ()
+
     def stored(self) -> str:
         """What changes when another process goes on with the conversation; "" if none can."""
-        return ""
+        return " ".join(map(file_stamp, self.stored_files()))
 
     def stamps(self, request: Settled) -> Tuple[str, ...]:
         """What changes with what the CLI takes in at its start: the date, its program, login and settings; of an agent,
@@ -3306,8 +3307,8 @@ class Claude(JsonLines):
         whole = not any(JsonSchema(known).faults())  # a `$ref` may lead to what claude does not know
         return known if isinstance(known, dict) and known.get("type") == "object" and whole else None
 
-    def stored(self) -> str:
-        return " ".join(map(file_stamp, self.transcripts(self.session_id)))
+    def stored_files(self) -> Iterable[Path]:
+        return self.transcripts(self.session_id)
 
     def command(self, request: Settled) -> Command:
         limits = {} if self.started_ahead else self.limits(request)
@@ -3616,9 +3617,7 @@ def forgotten(backend: str) -> Forgotten:
 
 
 def rate_limited(message: str, retry_after: Optional[float]) -> RateLimited:
-    error = RateLimited(f"{message}. Try again later")
-    error.retry_after = 30 if retry_after is None else retry_after
-    return error
+    return RateLimited(f"{message}. Try again later", retry_after=30 if retry_after is None else retry_after)
 
 
 # ---- JSON-RPC, which codex and gemini share
@@ -3827,8 +3826,8 @@ class Codex(JsonRpc):
         self.call(mouth, "initialize", CODEX_CLIENT, self.nothing)
         self.notify(mouth, "initialized")
 
-    def stored(self) -> str:
-        return " ".join(map(file_stamp, self.user_home.glob(f"sessions/*/*/*/rollout-*{self.thread_id}.jsonl")))
+    def stored_files(self) -> Iterable[Path]:
+        return self.user_home.glob(f"sessions/*/*/*/rollout-*{self.thread_id}.jsonl")
 
     def look_ahead(self, request: Settled, mouth: Mouth) -> None:
         """The thread costs as much time as all the rest; a request that has other instructions gets another one."""
@@ -4155,9 +4154,8 @@ class Gemini(JsonRpc):
         users = read_json_with_comments(self.user_home / ".gemini" / "settings.json") if request.isolated else {}
         return (*super().stamps(request), json.dumps([users.get("security"), users.get("model")]))
 
-    def stored(self) -> str:
-        files = loadable_files(self.chats(), self.session) or chat_files(self.chats(), self.session)
-        return " ".join(map(file_stamp, files))
+    def stored_files(self) -> Iterable[Path]:
+        return loadable_files(self.chats(), self.session) or chat_files(self.chats(), self.session)
 
     def model_of(self, request: Settled) -> str:
         return request.model or (self.default_model if request.isolated else "")
@@ -4724,10 +4722,8 @@ class Slots:
     def check_places_locked(self) -> None:
         taken = len(self.waiting) - len(self.admitted)
         if taken >= self.places:
-            error = BackendUnavailable(f"{self.active} runs are going on and {taken} requests wait: try again later, "
-                                       "or raise server.max_concurrent_runs or server.max_waiting_runs")
-            error.retry_after = 5
-            raise error
+            raise BackendUnavailable(f"{self.active} runs are going on and {taken} requests wait: try again later, or "
+                                     "raise server.max_concurrent_runs or server.max_waiting_runs", retry_after=5)
 
     def leave(self, turn: threading.Event) -> None:
         """Give up a place in the line, or the slot that came just then."""
@@ -4773,6 +4769,13 @@ def wait_for(turn: threading.Event, stop: Stop) -> Iterator[Progress]:
     stop.check()
 
 
+def is_ready(file: int, event: int) -> bool:
+    """Whether there is something to be read, or what else of select's POLL... it is, by now."""
+    poll = select.poll()
+    poll.register(file, event)
+    return bool(poll.poll(0))
+
+
 class Child:
     """A started CLI: its pipes and its descendants. Between `start` and `leave` one thread at a time uses it, for one
     turn of a conversation after the other."""
@@ -4800,14 +4803,11 @@ class Child:
 
     def has_printed(self) -> bool:
         """Whether there is something on stdout that has not been read."""
-        poll = select.poll()
-        poll.register(self.pipes()[0], select.POLLIN)
-        return bool(poll.poll(0))
+        return is_ready(self.pipes()[0], select.POLLIN)
 
-    def pending(self) -> List[bytes]:
+    def unread(self) -> List[bytes]:
         """What is on stdout and has not been read."""
-        pipe = self.pipes()[0]
-        return [data for data in map(self.read, [pipe] * self.READS_OF_A_FULL_PIPE) if data]
+        return self.rest(self.pipes()[:1])
 
     def begin_turn(self) -> None:
         """What it prints from now on is of another turn."""
@@ -4880,7 +4880,7 @@ class Child:
         return None
 
     def rest(self, pipes: List[int]) -> List[bytes]:
-        """What the pipes of a process that has gone still hold; not what others, who have them too, go on to print."""
+        """What the pipes hold by now, of stdout; not what comes meanwhile: others may have them, and go on to print."""
         return [data for pipe in pipes for data in map(self.read, [pipe] * self.READS_OF_A_FULL_PIPE) if data]
 
     def ready(self, pipes: List[int]) -> List[int]:
@@ -4900,7 +4900,7 @@ class Child:
         """End the process itself, at once; what it had still printed."""
         self.process.kill()
         self.process.wait()
-        return self.rest(self.pipes()[:1])
+        return self.unread()
 
     def leave(self, patience: float) -> None:
         """End it and all its descendants; returns when none is left. It may take `patience` seconds to go by itself
@@ -5207,7 +5207,7 @@ class Spare:
     def goes_on_by_itself(self) -> bool:
         """Whether it has said something since its answer: it would be taken for the next one."""
         try:
-            return any(True for data in self.child.pending() for _ in self.backend.read(data, self.child))
+            return any(True for data in self.child.unread() for _ in self.backend.read(data, self.child))
         except ClinvkError:
             return True
 
@@ -7963,12 +7963,20 @@ def hosts_of(head: Head) -> List[str]:
 WILDCARDS = ("0.0.0.0", "::", "*")
 
 
-def is_loopback(address: str) -> bool:
+def address_of(text: str) -> Union[None, ipaddress.IPv4Address, ipaddress.IPv6Address]:
+    """An IP address; one of IPv4 that is written as IPv6 is what it is. None: it is no address."""
+    if not re.fullmatch(r"[\w:.%-]+", text, re.ASCII):  # ipaddress takes anything for a zone, "fe80::1%zone"
+        return None
     try:
-        found = ipaddress.ip_address(address)
+        found = ipaddress.ip_address(text)
     except ValueError:
-        return False
-    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+        return None
+    return getattr(found, "ipv4_mapped", None) or found
+
+
+def is_loopback(text: str) -> bool:
+    address = address_of(text)
+    return address is not None and address.is_loopback
 
 
 def host_name(host: str) -> str:
@@ -8091,10 +8099,9 @@ class RateLimit:
             self.buckets[address] = (tokens - 1 if tokens >= 1 else tokens), now
             self.forget(now - max(limits.rate_limit_cleanup_secs, full / limits.rate_limit_rps))
         if tokens < 1:
-            error = RateLimited(f"too many requests from {address}: {limits.rate_limit_rps:g} a second are allowed "
-                                "(server.rate_limit_rps). Try again later")
-            error.retry_after = (1 - tokens) / limits.rate_limit_rps
-            raise error
+            raise RateLimited(f"too many requests from {address}: {limits.rate_limit_rps:g} a second are allowed "
+                              "(server.rate_limit_rps). Try again later",
+                              retry_after=(1 - tokens) / limits.rate_limit_rps)
 
     def forget(self, before: float) -> None:
         """Those that have been full again for long, and those that are too many."""
@@ -8115,7 +8122,7 @@ def client_address(config: Config, head: Head) -> str:
     for item in reversed(forwarded or [head.get("X-Real-IP").strip()]):
         address = without_port(item)
         if not in_networks(address, trusted):
-            return address if is_address(address) else remote
+            return address if address_of(address) else remote
     return remote
 
 
@@ -8125,21 +8132,10 @@ def without_port(text: str) -> str:
     return text if found is None else found.group(1) or found.group(2)
 
 
-def is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return re.fullmatch(r"[\w:.%-]+", text, re.ASCII) is not None  # ipaddress takes anything for a zone, "fe80::1%zone"
-
-
-def in_networks(address: str, networks: Iterable[str]) -> bool:
+def in_networks(text: str, networks: Iterable[str]) -> bool:
     """Whether an address is one of them, or in one: each is an address or CIDR."""
-    if not is_address(address):
-        return False
-    found = ipaddress.ip_address(address)
-    plain = getattr(found, "ipv4_mapped", None) or found
-    return any(plain in ipaddress.ip_network(network, strict=False) for network in networks)
+    address = address_of(text)
+    return address is not None and any(address in ipaddress.ip_network(network, strict=False) for network in networks)
 
 
 # ---- Where a run may start, and with which flags
@@ -9998,10 +9994,8 @@ class Channel(waitress.channel.HTTPChannel):
     def check_client_disconnected(self) -> bool:
         """A worker asks. The socket itself is looked at: waitress does not while further requests wait in it."""
         if self.connected and hasattr(select, "poll"):
-            poll = select.poll()
             with contextlib.suppress(OSError, ValueError, AttributeError):  # it is being closed just now
-                poll.register(self.socket.fileno(), self.HANG_UP)
-                return bool(poll.poll(0))
+                return is_ready(self.socket.fileno(), self.HANG_UP)
         return not self.connected
 
     @property
@@ -10184,11 +10178,7 @@ class Listener(waitress.server.TcpWSGIServer):
 
     def has_somebody_waiting(self) -> bool:
         """Without a free descriptor, accept() itself does not even look."""
-        if not hasattr(select, "poll"):
-            return False
-        poll = select.poll()
-        poll.register(self.socket.fileno(), select.POLLIN)
-        return bool(poll.poll(0))
+        return hasattr(select, "poll") and is_ready(self.socket.fileno(), select.POLLIN)
 
     def accept(self) -> Any:
         try:
