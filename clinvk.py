@@ -5204,6 +5204,11 @@ class Spare:
     def processes(self) -> FrozenSet[int]:
         return frozenset(process.pid for process in descendants(self.child.process, self.child.mark))
 
+    def meet_family(self, *, used_tools: bool) -> None:
+        """See which processes are the CLI's own, in its first turn. Once a tool has run, others may be that tool's."""
+        itself = frozenset({self.child.process.pid})
+        self.family = itself if used_tools else itself | self.processes()
+
     def goes_on_by_itself(self) -> bool:
         """Whether it has said something since its answer: it would be taken for the next one."""
         try:
@@ -5243,7 +5248,7 @@ class Heard:
         self.text, self.joined = hashlib.sha256(), Joined()  # as a client gets it
         self.tokens = 0  # of the conversation, as the provider counts them
         self.used_tools = False
-        self.done = Done(-1)
+        self.done: Optional[Done] = None
 
     def add(self, event: Event) -> None:
         if isinstance(event, Message):
@@ -5256,8 +5261,12 @@ class Heard:
             self.done = event
 
     @property
+    def succeeded(self) -> bool:
+        return self.done is not None and self.done.exit_code == 0
+
+    @property
     def is_whole(self) -> bool:
-        return self.done.exit_code == 0 and self.done.stop == "end"
+        return self.done is not None and self.done.exit_code == 0 and self.done.stop == "end"
 
 
 class Wanted(NamedTuple):
@@ -5656,36 +5665,38 @@ class Unfit(Exception):
 def turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Stop) -> Events:
     """Ask, and pass on what the CLI says until its answer is complete; then it waits for the next turn, or goes. The
     slot is given back. Raises Unfit, and keeps the slot."""
-    done: Optional[Done] = None
     heard, when_gone = Heard(), slots.release
-    alone = request.keeps and spares.settings.live_conversations > 0 and not spare.family  # no tool has run yet
+    may_wait = request.keeps and spares.settings.live_conversations > 0
     try:
         for event in answered_by(request, spare, stop):
             heard.add(event)
-            if alone and not isinstance(event, Init):
-                alone = False
-                spare.family = spare.processes() if not heard.used_tools else frozenset({spare.child.process.pid})
-            if isinstance(event, Done):
-                done = event
-            else:
+            if may_wait and not spare.family and not isinstance(event, Init):
+                spare.meet_family(used_tools=heard.used_tools)
+            if not isinstance(event, Done):
                 yield event
     except Unfit:
         when_gone = nothing
         raise
     finally:
-        waits = False
-        try:
-            waits = done is not None and spares.take_back(spare, request, heard)
-        finally:
-            if waits:
-                slots.release()
-            else:
-                patience = PATIENCE if done and done.exit_code == 0 else 0.0
-                leaving = spares.end(spare, when_gone, patience=patience)
-                if request.keeps and (spare.backend.stores_at_exit or not done):
-                    leaving.join()  # only then can the next turn begin
-    assert done
-    yield dataclasses.replace(done, waits=waits)
+        waits = waits_or_ends(request, spare, spares, heard, when_gone)
+        if waits:
+            slots.release()
+    assert heard.done
+    yield dataclasses.replace(heard.done, waits=waits)
+
+
+def waits_or_ends(request: Settled, spare: Spare, spares: Spares, heard: Heard, when_gone: Callable[[], None]) -> bool:
+    """Whether the CLI waits for the next turn of the conversation. Else it is ended, `when_gone` is called then, and if
+    the next turn can only begin after that, this returns after it, too."""
+    waits = False
+    try:
+        waits = heard.done is not None and spares.take_back(spare, request, heard)
+    finally:
+        if not waits:
+            leaving = spares.end(spare, when_gone, patience=PATIENCE if heard.succeeded else 0.0)
+            if request.keeps and (spare.backend.stores_at_exit or not heard.done):
+                leaving.join()
+    return waits
 
 
 def answered_by(request: Settled, spare: Spare, stop: Stop) -> Iterator[Event]:
@@ -5804,29 +5815,27 @@ def overlap(stops: Sequence[str], text: str) -> int:
 
 # ---- Structured output
 
-def fitted(events: Events, schema: Json, stops: Sequence[str],
-           again: Optional[Callable[[str, str], Events]]) -> Events:
+def fitted(events: Events, schema: Json, stops: Sequence[str], again: Optional[Callable[[str, str], Events]],
+           used: Optional[Usage] = None) -> Events:
     """`events` with an answer that is JSON as `schema` describes it, told at once when it is whole; else a Refusal.
     What does not fit is sent back once: `again`, if there is that, is given it and what to say to it, and runs. An
-    answer that has been cut, at one of `stops` or at max_tokens, need not fit."""
-    used: Optional[Usage] = None
-    for last in (again is None, True):
-        result = Result()
-        yield from gathered(events, result)
-        used = used + result.usage if used and result.usage else result.usage or used
-        text, stop = split_at(stops, result.text)
-        done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
-        text, wrong = fitting(text, schema)
-        fits = not wrong or done.stop != "end"
-        if fits or last or result.failure or result.refusal is not None:
-            if not result.failure and result.refusal is None:
-                yield Message(text, opens=True) if fits else Refusal(refusal_for(text, wrong))
-            yield from [TokenUsage(used)] if used else []
-            yield done
-            return
+    answer that has been cut, at one of `stops` or at max_tokens, need not fit. `used` is what came before."""
+    result = Result()
+    yield from gathered(events, result)
+    used = used + result.usage if used and result.usage else result.usage or used
+    text, stop = split_at(stops, result.text)
+    done = dataclasses.replace(result.done, stop="sequence", stop_sequence=stop) if stop else result.done
+    text, wrong = fitting(text, schema)
+    fits, answered = not wrong or done.stop != "end", not result.failure and result.refusal is None
+    if again and answered and not fits:
         yield Progress("repairing", "the answer does not fit its JSON Schema, and is asked for once more")
-        assert again
-        events = again("".join(result.said), REPAIR.format(wrong, json.dumps(schema, ensure_ascii=False)))
+        repaired = again("".join(result.said), REPAIR.format(wrong, json.dumps(schema, ensure_ascii=False)))
+        yield from fitted(repaired, schema, stops, None, used)
+        return
+    if answered:
+        yield Message(text, opens=True) if fits else Refusal(refusal_for(text, wrong))
+    yield from [TokenUsage(used)] if used else []
+    yield done
 
 
 def gathered(events: Events, result: Result) -> Iterator[Event]:
