@@ -2819,13 +2819,13 @@ def child_environ(config: Config, name: str, **more: str) -> Dict[str, str]:
     """The server's environment, less clinvk's own, less what would make a CLI call us back; plus the backend's."""
     def passes(variable: str, value: str) -> bool:
         loops = variable.endswith("_BASE_URL") and is_own_url(value, config)
-        tells_a_key = value in config.keys or any(key in value for key in config.keys if len(key) >= LONG)
+        tells_a_key = value in config.keys or any(key in value for key in config.keys if len(key) >= UNMISTAKABLE)
         return not (variable.startswith("CLINVK_") or variable in NOT_INHERITED or tells_a_key or loops)
     inherited = {variable: value for variable, value in config.environ.items() if passes(variable, value)}
     return {**inherited, **more, **config.backends[name].env}
 
 
-LONG = 8  # characters from which on a key is not found in a text by chance
+UNMISTAKABLE = 8  # characters from which on a key is not found in a text by chance
 
 
 def is_own_url(url: str, config: Config) -> bool:
@@ -4685,7 +4685,8 @@ class Stop:
 
 class Slots:
     """At most `limit` runs at once; up to `places` more wait, and start in the order in which they came. The runs of a
-    request that is `admitted` as a whole wait, too, but take no place."""
+    request that is `admitted` as a whole wait, too, but take no place. Each waits with a ticket, which is set when a
+    slot is its own."""
 
     def __init__(self, limit: int, places: int) -> None:
         self.limit, self.places = limit, places
@@ -4698,19 +4699,19 @@ class Slots:
         """Returns when a slot is ours; until then a Progress per SILENCE. Raises BackendUnavailable if the line is
         full, unless the request is `admitted` already, and what `stop` says. A caller that closes this generator has
         left the line."""
-        turn = threading.Event()
+        ticket = threading.Event()
         with self.changed:
             if self.active < self.limit and not self.waiting:
                 self.active += 1
                 return
             if not admitted:
                 self.check_places_locked()
-            self.waiting.append(turn)
-            self.admitted |= {turn} if admitted else set()
+            self.waiting.append(ticket)
+            self.admitted |= {ticket} if admitted else set()
         try:
-            yield from wait_for(turn, stop)
+            yield from wait_for(ticket, stop)
         except BaseException:
-            self.leave(turn)
+            self.leave(ticket)
             raise
 
     def admit(self) -> None:
@@ -4725,21 +4726,21 @@ class Slots:
             raise BackendUnavailable(f"{self.active} runs are going on and {taken} requests wait: try again later, or "
                                      "raise server.max_concurrent_runs or server.max_waiting_runs", retry_after=5)
 
-    def leave(self, turn: threading.Event) -> None:
+    def leave(self, ticket: threading.Event) -> None:
         """Give up a place in the line, or the slot that came just then."""
         with self.changed:
-            if turn in self.waiting:
-                self.waiting.remove(turn)
-                self.admitted.discard(turn)
+            if ticket in self.waiting:
+                self.waiting.remove(ticket)
+                self.admitted.discard(ticket)
                 return
         self.release()
 
     def release(self) -> None:
         with self.changed:
             if self.waiting:
-                turn = self.waiting.popleft()
-                self.admitted.discard(turn)
-                turn.set()  # the slot is handed on
+                ticket = self.waiting.popleft()
+                self.admitted.discard(ticket)
+                ticket.set()  # the slot is handed on
             else:
                 self.active -= 1
                 self.changed.notify_all()
@@ -4759,9 +4760,9 @@ class Slots:
             return self.changed.wait_for(lambda: not self.active, seconds)
 
 
-def wait_for(turn: threading.Event, stop: Stop) -> Iterator[Progress]:
+def wait_for(ticket: threading.Event, stop: Stop) -> Iterator[Progress]:
     told_at = time.monotonic()
-    while not turn.wait(TICK):
+    while not ticket.wait(TICK):
         stop.check()
         if time.monotonic() - told_at >= SILENCE:
             told_at = time.monotonic()
@@ -5470,7 +5471,7 @@ class Spares:
         short = bool(waiting) and memory_is_short()
         stale = [spare for spare in waiting if not spare.is_current()]
         unfit = [spare for spare in waiting if short or spare in stale or spare.session_id in asked_for or
-                 self.is_overdue(spare) or not self.settles(spare)]
+                 self.is_overdue(spare) or self.is_large(spare)]
         with self.changed:
             unfit += [spare for spare in self.live if spare not in unfit and spare.goes_on_by_itself()]
             ended = [spare for spare in unfit if spare in self.live or spare in self.fresh.values()]
@@ -5488,13 +5489,13 @@ class Spares:
         """Whether it waits in vain."""
         return time.monotonic() - spare.since > self.settings.spare_idle_secs
 
-    def settles(self, spare: Spare) -> bool:
-        """Whether it takes no more memory than it may. That, and what it has stored, is looked at once after each turn,
-        when it is at rest."""
+    def is_large(self, spare: Spare) -> bool:
+        """Whether it takes more memory than it may: looked at once after each turn, when it is at rest, as is what it
+        has stored."""
         if spare.stored is not None or time.monotonic() - spare.since < self.STORED_SECS:
-            return True
+            return False
         spare.stored = spare.backend.stored() if spare.session_id else ""
-        return memory_of(spare.processes()) <= self.MEMORY_BYTES
+        return memory_of(spare.processes()) > self.MEMORY_BYTES
 
     def start(self, wanted: Wanted) -> None:
         """Have a CLI ready for a request like the one that was asked."""
@@ -8461,25 +8462,28 @@ class Server:
             hides = bool(request.system_prompt) and not own_system_prompt
             return Started(planned(request, backend, hides_system_prompt=hides), request, ignored)
         schema, request = request.schema, told_schema(request, backend)
-
-        def run_of(request: Settled, *, admitted: bool = admitted) -> Events:
-            stop.allow(request.timeout_secs)
-            one = Ran(request.backend, request=request)
-            ran.append(one)
-            events = run(request, self.backend(request.backend), self.spares, self.slots, stop, one, admitted=admitted)
-            cut = cut_at(request.stops, events) if request.stops and schema is None else events
-            return observed(cut, one, stop, self.metrics.run_ended)
+        run_of = functools.partial(self.run_of, stop, ran, cuts=schema is None)
+        first = functools.partial(run_of, admitted=admitted)
+        if request.keeps:
+            started = self.in_session(request, found, first, ignored)
+        else:
+            started = Started(first(request), request, ignored + (["metadata"] if request.metadata else []))
+        if schema is None:
+            return started
 
         def again(answer: str, text: str) -> Events:
             return run_of(replied(request, answer, text), admitted=True)
-        if request.keeps:
-            started = self.in_session(request, found, run_of, ignored)
-        else:
-            started = Started(run_of(request), request, ignored + (["metadata"] if request.metadata else []))
-        if schema is None:
-            return started
         only_once = not request.isolated or isinstance(backend, InProcess)  # an agent would do all of it again
         return started._replace(events=fitted(started.events, schema, request.stops, None if only_once else again))
+
+    def run_of(self, stop: Stop, ran: List[Ran], request: Settled, *, cuts: bool, admitted: bool) -> Events:
+        """The run itself; `ran` gets what is to be told of it. `cuts`: at the `stops` of the request."""
+        stop.allow(request.timeout_secs)
+        one = Ran(request.backend, request=request)
+        ran.append(one)
+        events = run(request, self.backend(request.backend), self.spares, self.slots, stop, one, admitted=admitted)
+        cut = cut_at(request.stops, events) if request.stops and cuts else events
+        return observed(cut, one, stop, self.metrics.run_ended)
 
     def settled(self, asked: PromptRequest, backend: Backend, at: str) -> Settled:
         """With nothing left open; its flags and its directory are allowed."""
@@ -8818,12 +8822,11 @@ def parallel(server: Server, call: Call) -> Answer:
     told = fan_out(len(tasks), starter(server, call, tasks, places), call.stop,
                    workers=min(request.max_parallel or settings.max_workers, server.slots.limit),
                    fail_fast=settings.fail_fast if request.fail_fast is None else request.fail_fast)
-    return shown_as(told, Several(natives, counted), stream=request.stream)
 
-
-def counted(results: List[Result], answers: List[Json]) -> Json:
-    failed = sum(result.failure is not None for result in results)
-    return {"total_tasks": len(results), "completed": len(results) - failed, "failed": failed, "results": answers}
+    def summary(results: List[Result], answers: List[Json]) -> Json:
+        failed = sum(result.failure is not None for result in results)
+        return {"total_tasks": len(results), "completed": len(results) - failed, "failed": failed, "results": answers}
+    return shown_as(told, Several(natives, summary), stream=request.stream)
 
 
 @route("POST", "/api/v1/compare", body=CompareRequest, where="body", answer=CompareAnswer, events=EventLine,
