@@ -2701,16 +2701,6 @@ PARAGRAPH = "\n\n"
 Events = Generator[Event, None, None]  # a run: closing it ends the run
 
 
-def collect(events: Iterator[Event]) -> Result:
-    """Run to the end; closing `events` is left to the caller."""
-    result = Result()
-    for event in events:
-        result.add(event)
-        if isinstance(event, Done):
-            break
-    return result
-
-
 # ==== Files =======================================================================================
 # In: a Config, names. Out: clinvk's own directories, and files that others read or write meanwhile.
 
@@ -9225,17 +9215,13 @@ def count_tokens(server: Server, call: Call) -> Answer:
 @route("GET", "/", "/anthropic", "/openai/v1", answer=Dict[str, Any])
 def root(server: Server, call: Call) -> Answer:
     """The version and the ways in."""
-    return json_answer({"name": "clinvk", "version": __version__, **ways_in()})
+    return json_answer({"name": "clinvk", "version": __version__, **WAYS_IN})
 
 
-def ways_in() -> Dict[str, List[str]]:
-    """The paths that people are told of, by kind; those of a later version are not among them."""
-    there = {pattern for r in ROUTES for pattern in r.patterns}
-    shown = {"Custom API": ("/api/v1/prompt", "/api/v1/parallel", "/api/v1/chain", "/api/v1/compare"),
-             "OpenAI": ("/openai/v1/models", "/openai/v1/chat/completions"),
-             "Anthropic": ("/anthropic/v1/messages",),
-             "Docs": ("/openapi.json",), "Health": ("/health",)}
-    return {kind: [p for p in paths if p in there] for kind, paths in shown.items() if set(paths) & there}
+# The paths that people are told of, by kind.
+WAYS_IN = {"Custom API": ("/api/v1/prompt", "/api/v1/parallel", "/api/v1/chain", "/api/v1/compare"),
+           "OpenAI": ("/openai/v1/models", "/openai/v1/chat/completions"), "Anthropic": ("/anthropic/v1/messages",),
+           "Docs": ("/openapi.json",), "Health": ("/health",)}
 
 
 # ==== OpenAPI =====================================================================================
@@ -10389,7 +10375,7 @@ def addresses_of(listening: Any) -> List[Tuple[str, int]]:
 def announce(config: Config, listening: Any) -> None:
     host, port = addresses_of(listening)[0]
     shown = f"[{host}]" if ":" in host else host
-    endpoints = [f"  {kind + ':':<15} {', '.join(paths)}" for kind, paths in ways_in().items()]
+    endpoints = [f"  {kind + ':':<15} {', '.join(paths)}" for kind, paths in WAYS_IN.items()]
     tell("\n".join([f"clinvk API server starting on http://{shown}:{port}\n\nAvailable endpoints:", *endpoints,
                     "\nPress Ctrl+C to stop"]))
     for warning in warnings_of(config, [host for host, _ in addresses_of(listening)]):

@@ -82,6 +82,14 @@ def children_of(parent: int, states: str = "") -> List[int]:
     return [int(pid) for pid, of, state in rows if of == str(parent) and (not states or state[0] in states)]
 
 
+def collect(events: Iterable[clinvk.Event]) -> clinvk.Result:
+    """What a run's events come to."""
+    result = clinvk.Result()
+    for event in events:
+        result.add(event)
+    return result
+
+
 def told(events: Iterable[clinvk.Event]) -> Iterator[clinvk.Told]:
     """The events of a request's only run, as a renderer is given them."""
     return (clinvk.Told(0, event) for event in events)

@@ -7,8 +7,8 @@ import pytest
 
 from clinvk import (Anthropic, Asked, BackendAuth, BackendFailed, BackendUnavailable, ClinvkError, Done, Event, Failure,
                     Init, Invalid, Message, Problem, Progress, RateLimited, Thinking, TimedOut, TokenUsage, ToolResult,
-                    ToolUse, UnknownModel, Usage, collect)
-from conftest import told
+                    ToolUse, UnknownModel, Usage)
+from conftest import collect, told
 
 INSIDE, BESIDE = Usage(101, 12, 40, 0, 7), Usage(101, 12, 40, 3, cache_inside=False)
 PLAIN: List[Event] = [Init("opus"), Message("Hel", opens=True), Message("lo"), TokenUsage(BESIDE), Done(0)]

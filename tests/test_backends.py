@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import pytest
-from conftest import eventually
+from conftest import collect, eventually
 
 import clinvk
 from clinvk import (BackendAuth, BackendFailed, ClinvkError, Config, Conflict, Done, Event, Failure, Forgotten, Init,
@@ -116,7 +116,7 @@ def events_of(name: str, config: Config, lines: Iterable[Any], **fields: Any) ->
 
 def text_of(events: Iterable[Event]) -> str:
     """The final answer."""
-    return "".join(clinvk.collect(iter(events)).final)
+    return "".join(collect(iter(events)).final)
 
 
 def shown_error(error: ClinvkError, resets_at: Optional[float] = None) -> Dict[str, Any]:

@@ -9,8 +9,8 @@ import pytest
 
 from clinvk import (Asked, BackendAuth, BackendFailed, BackendUnavailable, ClinvkError, Done, Event, Failure, Init,
                     Invalid, Message, MethodNotAllowed, Native, Problem, Progress, RateLimited, Thinking, TokenUsage,
-                    ToolResult, ToolUse, Unauthorized, Usage, collect, spliced, to_json)
-from conftest import told
+                    ToolResult, ToolUse, Unauthorized, Usage, spliced, to_json)
+from conftest import collect, told
 
 INIT = Init("opus", "5e55", "/work/dir")
 

@@ -10,8 +10,8 @@ import pytest
 import clinvk
 from clinvk import (Asked, BackendAuth, BackendFailed, BackendUnavailable, ChatCompletions, ClinvkError, Done, Event,
                     Failure, Init, Invalid, Message, OpenAI, Problem, Progress, RateLimited, Thinking, TimedOut,
-                    TokenUsage, ToolResult, ToolUse, UnknownModel, Usage, collect, cut_at)
-from conftest import told
+                    TokenUsage, ToolResult, ToolUse, UnknownModel, Usage, cut_at)
+from conftest import collect, told
 
 INSIDE, BESIDE = Usage(101, 12, 40, 0, 7), Usage(101, 12, 40, 3, cache_inside=False)
 PLAIN: List[Event] = [Init("opus"), Message("Hel", opens=True), Message("lo"), TokenUsage(INSIDE), Done(0)]

@@ -10,8 +10,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import clinvk
 import pytest
 from clinvk import (Asked, BackendAuth, BackendFailed, Done, Event, Failure, Init, Message, Progress, Refusal,
-                    ResponsesRequest, Thinking, TokenUsage, ToolResult, ToolUse, Usage, collect)
-from conftest import Client, Reply, fault, told
+                    ResponsesRequest, Thinking, TokenUsage, ToolResult, ToolUse, Usage)
+from conftest import Client, Reply, collect, fault, told
 
 Json = Dict[str, Any]
 PATH, CHAT = "/openai/v1/responses", "/openai/v1/chat/completions"

@@ -9,8 +9,8 @@ from typing import Any, Callable, List, NamedTuple, Tuple, Type
 import pytest
 from clinvk import (Anthropic, Asked, BackendAuth, BackendFailed, ChatCompletions, Completions, Done, Event, Failure,
                     Init, Message, Progress, RateLimited, Refusal, Renderer, Responses, Thinking, TimedOut, Told,
-                    TokenUsage, ToolResult, ToolUse, Usage, collect)
-from conftest import Client, told
+                    TokenUsage, ToolResult, ToolUse, Usage)
+from conftest import Client, collect, told
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from strict import (Heard, check_anthropic_error, check_anthropic_stream, check_chat_stream, check_completion,
