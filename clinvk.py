@@ -6,7 +6,7 @@ SPEC n is a section of the contract, BACKENDS and PROTOCOLS are facts measured o
 Errors        what a client can be told, one class each
 Fields        how models are declared and checked: requests, the config
 Config        the file, the environment and the flags, as one Config
-JSON Schema   what answers are held to that must fit one
+JSON Schema   whether one can be checked against, and what is wrong with a value
 Requests      each API's requests as models; all of them become a PromptRequest
 Events        the steps of a run, and a run's Result
 Files         clinvk's own directories
@@ -708,7 +708,7 @@ def words_of(text: str) -> Tuple[str, ...]:
 
 
 def working_directory() -> str:
-    """"" if it has been removed."""
+    """The server's own; "" if it has been removed."""
     try:
         return os.getcwd()
     except FileNotFoundError:
@@ -865,8 +865,8 @@ def is_quick(pattern: str, text: str) -> bool:
 
 
 class Searches:
-    """Where the patterns of a schema are looked for: in a process of their own. Python's `re` may take for ever, and no
-    other thread runs meanwhile. It is no CLI: it starts nothing, and what the server can not end the system does."""
+    """Looks for the patterns of a schema in a process of its own, which can be ended: Python's `re` may take for ever,
+    and no other thread runs meanwhile. It is no CLI, and starts nothing; a limit of CPU time ends it in any case."""
     SECS = 5.0  # for all of them
     PROGRAM = """
 import json, re, sys
@@ -4653,7 +4653,7 @@ class Stop:
         self.limit_secs = math.inf
 
     def allow(self, seconds: float) -> Stop:
-        """Time is up that long after `began`; math.inf, once the run is over: never."""
+        """Time is up that long after `began`; with math.inf, as when the run is over, never."""
         self.limit_secs = seconds
         return self
 
@@ -5435,7 +5435,7 @@ class Spares:
 
     def tend_once(self, looked_at: float) -> float:
         """Wait until something is to be done, and do it: end what waits in vain, or, if no run is going on, start what
-        is wanted. When those that wait were last looked at."""
+        is wanted. Returns when those that wait were last looked at."""
         with self.changed:
             missing = [wanted for name, wanted in self.wanted.items() if name not in self.fresh]
             holds = any(spare.session_id for spare in self.live)
@@ -5527,7 +5527,8 @@ class Spares:
 
 @dataclass
 class Ran:
-    """What is told of one run when it is over (SPEC 8); filled in while it goes on. Times are of `time.monotonic()`."""
+    """What the log and the metrics tell of one run when it is over (SPEC 8); filled in while it goes on. Times are of
+    `time.monotonic()`."""
     backend: str
     start: str = "cold"  # how its CLI came to be there: cold, spare, live
     began: float = 0.0  # when it had its slot; 0: not yet
@@ -5612,6 +5613,7 @@ def timed(event: Event, started: float) -> Event:
 
 def in_a_slot(request: Settled, backend: Backend, spares: Spares, slots: Slots, stop: Stop, ran: Ran, *,
               admitted: bool) -> Events:
+    """The run, once it has a slot; which it gives back, here or when the last process of its CLI has gone."""
     yield from slots.take(stop, admitted=admitted)
     ran.began = time.monotonic()
     if isinstance(backend, InProcess):
@@ -6065,6 +6067,7 @@ class Database:
                                    "prompt that is ephemeral needs no session") from None
 
     def begin(self, kind: str, asked_at: float) -> None:
+        """A transaction, on the file that is there by now."""
         if self.failed_at > asked_at:  # who has waited behind it has waited as long
             raise sqlite3.OperationalError("database is locked")
         if self.identity is None or identity_of(self.file) != self.identity:
@@ -6083,7 +6086,7 @@ class Database:
 
 
 def identity_of(file: Path) -> Optional[Tuple[int, int]]:
-    """What another file in the same place does not have; None if there is no file."""
+    """What tells a file from another one in its place; None if there is no file."""
     try:
         status = file.stat()
     except FileNotFoundError:
@@ -7698,8 +7701,8 @@ class Responses(OpenAI):
     """SPEC 2.7: a response, of one run."""
 
     def __init__(self, asked: Asked, *, repeated: Optional[Json] = None, final_code: str = "") -> None:
-        """`repeated`: the request's fields that the answer has, too. `final_code`: what the client does not take for a
-        failure that may pass, if any code is that."""
+        """`repeated`: the request's fields that the answer has, too. `final_code`: the code of an error after which the
+        client does not send the request again; "" if its own do."""
         super().__init__(asked)
         self.final_code = final_code
         self.base = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()),
@@ -8213,7 +8216,7 @@ def with_values_attached(extra: List[str], flags: Container[str]) -> List[str]:
 # ==== Metrics =====================================================================================
 # In: requests and runs that are over. Out: how many and how long, as text that Prometheus reads (SPEC 8).
 
-Sample = Tuple[str, Dict[str, str], float]  # what follows the metric's name in the sample's, labels, value
+Sample = Tuple[str, Dict[str, str], float]  # suffix of the metric's name, labels, value
 
 
 def exposed(name: str, kind: str, about: str, samples: Iterable[Sample]) -> str:
@@ -8313,7 +8316,7 @@ class Metrics:
             self.start(backend)
 
     def start(self, backend: str) -> None:
-        """What has a backend's name only, and words that are known, begins at 0."""
+        """What has no other labels than a backend, and words of ours, begins at 0."""
         for status in RUN_STATUSES:
             self.runs.add(0, backend, status)
         for kind in self.TOKEN_KINDS:
@@ -8398,7 +8401,7 @@ class Server:
         self.spares = Spares(config.server, self.children, self.slots, self.closing, self.store, self.backend)
 
     def bound(self, port: int) -> None:
-        """The port that was found, if any free one was asked for."""
+        """Listening on that port: the config may have said 0, for any free one."""
         self.config = dataclasses.replace(self.config, server=dataclasses.replace(self.config.server, port=port))
 
     def program(self, name: str) -> Optional[List[str]]:
@@ -8625,10 +8628,10 @@ def planned(request: Settled, backend: Backend, *, hides_system_prompt: bool) ->
 # In: a checked request. Out: an Answer. One function per endpoint (SPEC 2).
 
 class Final(NamedTuple):
-    """How an error looks that a client does not take for a passing one, after which it would ask again."""
+    """How a client is told of an error so that it does not send its request again by itself."""
     status: int
-    repeated: FrozenSet[int]  # the statuses after which it would
-    code: str = ""  # "": any
+    repeated: FrozenSet[int]  # in place of these, after which it does
+    code: str = ""  # of OpenAI's errors; "": it does not matter
 
 
 class Call(NamedTuple):
@@ -8639,7 +8642,7 @@ class Call(NamedTuple):
     stop: Stop
     ran: List[Ran]  # its runs; those that have not begun, too
     name: str = ""  # the last part of the path, where the route leaves it open
-    final: Optional[Final] = None  # what its client takes for the end of it
+    final: Optional[Final] = None  # None: its client heeds x-should-retry
 
 
 class Answer:
@@ -8663,17 +8666,17 @@ class Route(NamedTuple):
     method: str
     patterns: Tuple[str, ...]
     function: Callable[[Server, Call], Answer]
-    answer: Any  # the shape of its JSON, or the content type of what is none; None: not to be told of
+    answer: Any  # the shape of its JSON, or the content type of what is none; None: /openapi.json leaves it out
     body: Optional[type] = None  # the model of its request
-    other_body: Optional[Type[Compat]] = None  # that of a request with its prompt's field in place of the other's
+    other_body: Optional[Type[Compat]] = None  # the same, for a request that has the PROMPT_AT of this one only
     where: str = ""  # what the path of a faulty field begins with
-    query: Optional[type] = None  # the model of its query; one that no route asks for means nothing: SDKs add some
+    query: Optional[type] = None  # the model of its query; None: whatever stands there means nothing, SDKs add some
     events: Any = None  # the shape of each event, if it can be told to stream
     errors: Tuple[Type[ClinvkError], ...] = ()  # besides those of every route
     headers: Tuple[str, ...] = ()  # that its answer may have, of HEADERS
     example: Optional[Json] = None  # a request
     statuses: Tuple[int, ...] = (200,)  # that its answer may have
-    only_if: str = ""  # the setting of the server's without which it is not there
+    only_if: str = ""  # the setting in ServerConfig without which it is not there
 
     @property
     def path(self) -> str:
@@ -9149,7 +9152,7 @@ CODEX_EFFORTS = {"low": "Quick answers", "medium": "Some thinking", "high": "Mor
 
 
 def codex_model(server: Server, name: str, priority: int) -> CodexModel:
-    """codex 0.169.0 refuses the whole list without any of these fields; but for the last two."""
+    """If one of these fields is not there, but for the last two, codex 0.169.0 refuses the whole list."""
     kind = kind_of(backend_of(name, server.config)[0])
     return {"slug": name, "display_name": name, "visibility": "list", "supported_in_api": True, "priority": priority,
             "base_instructions": CODEX_INSTRUCTIONS, "shell_type": "disabled", "experimental_supported_tools": [],
@@ -9711,6 +9714,7 @@ def final_of(head: Head) -> Optional[Final]:
 
 
 def answered(server: Server, router: bottle.Router, head: Head, request_id: str) -> Answer:
+    """The endpoint's answer, if the guards let the request in. Raises ClinvkError."""
     server.rate_limit.check(server.config, head)
     for guard in GUARDS:
         guard(server.config, head)
