@@ -8809,10 +8809,10 @@ def prompt(server: Server, call: Call) -> Answer:
 def parallel(server: Server, call: Call) -> Answer:
     """Several runs at once."""
     request, settings = call.body, server.config.parallel
-    places = [f"body.tasks[{index}]" for index in range(len(request.tasks))]
-    tasks = [ephemeral(task, dry_run=request.dry_run) for task in request.tasks]
-    natives = checked(server, call, tasks, places)
-    told = fan_out(len(tasks), starter(server, call, tasks, places), call.stop,
+    tasks = [Placed(ephemeral(task, dry_run=request.dry_run), f"body.tasks[{index}]")
+             for index, task in enumerate(request.tasks)]
+    natives = checked(server, call, tasks)
+    told = fan_out(len(tasks), starter(server, call, tasks), call.stop,
                    workers=min(request.max_parallel or settings.max_workers, server.slots.limit),
                    fail_fast=settings.fail_fast if request.fail_fast is None else request.fail_fast)
 
@@ -8831,11 +8831,11 @@ def compare(server: Server, call: Call) -> Answer:
     for index, name in enumerate(request.backends):
         server.known_backend(name, f"body.backends[{index}]")
     allowed_workdir(request.workdir, server.config, "body")
-    tasks = [PromptRequest(backend=name, prompt=request.prompt, model=request.model, workdir=request.workdir,
-                           ephemeral=True, dry_run=request.dry_run or None) for name in request.backends]
-    places = ["body"] * len(tasks)
-    natives = checked(server, call, tasks, places)
-    told = fan_out(len(tasks), starter(server, call, tasks, places), call.stop,
+    tasks = [Placed(PromptRequest(backend=name, prompt=request.prompt, model=request.model, workdir=request.workdir,
+                                  ephemeral=True, dry_run=request.dry_run or None), "body")
+             for name in request.backends]
+    natives = checked(server, call, tasks)
+    told = fan_out(len(tasks), starter(server, call, tasks), call.stop,
                    workers=1 if request.sequential else server.slots.limit, fail_fast=False)
 
     def summary(results: List[Result], answers: List[Json]) -> Json:
@@ -8853,26 +8853,28 @@ def chain(server: Server, call: Call) -> Answer:
     if request.pass_session_id or request.persist_sessions or any("{{session}}" in s.prompt for s in request.steps):
         raise BadRequest("a chain keeps no session: leave out pass_session_id, persist_sessions and {{session}}; "
                          "{{previous}} is the last step's output")
-    places = [f"body.steps[{index}]" for index in range(len(request.steps))]
-    tasks = [ephemeral(step, dry_run=request.dry_run) for step in request.steps]
+    tasks = [Placed(ephemeral(step, dry_run=request.dry_run), f"body.steps[{index}]")
+             for index, step in enumerate(request.steps)]
     if request.pass_working_dir:
-        for index, task in enumerate(tasks[1:], 1):
-            tasks[index] = dataclasses.replace(task, workdir=task.workdir or tasks[index - 1].workdir)
-    natives = checked(server, call, tasks, places)
+        for index, (task, at) in enumerate(tasks[1:], 1):
+            workdir = task.workdir or tasks[index - 1].task.workdir
+            tasks[index] = Placed(dataclasses.replace(task, workdir=workdir), at)
+    natives = checked(server, call, tasks)
 
     def summary(results: List[Result], answers: List[Json]) -> Json:
         failed = [step for step, result in enumerate(results, 1) if result.failure]
         return {"total_steps": len(tasks), "completed_steps": len(results) - len(failed),
                 **({"failed_step": failed[0]} if failed else {}),
-                "results": [{"step": i + 1, "name": tasks[i].name, **answer} for i, answer in enumerate(answers)]}
+                "results": [{"step": number, "name": step.name, **answer}
+                            for number, (step, answer) in enumerate(zip(request.steps, answers), 1)]}
     shown = Several(natives, summary)
 
     def start(index: int, stop: TaskStop) -> Events:
-        step, at = tasks[index], places[index]
-        if index and not is_dry(tasks[index - 1], server.config):
+        step, at = tasks[index]
+        if index and not is_dry(tasks[index - 1].task, server.config):
             prompt = filled(step.prompt, shown.results[index - 1].final, server.config.server.max_output_bytes, at)
             step = dataclasses.replace(step, prompt=prompt)
-        return start_task(server, step, stop, at, call.ran).events
+        return start_task(server, Placed(step, at), stop, call.ran).events
     told = in_turn(len(tasks), start, call.stop, stop_on_failure=request.stop_on_failure)
     return shown_as(told, shown, stream=request.stream)
 
@@ -8895,22 +8897,25 @@ def filled(prompt: str, previous: List[str], limit: int, at: str) -> str:
     return prompt.replace(PREVIOUS, "".join(previous))
 
 
-AnyTask = TypeVar("AnyTask", bound=Task)
+class Placed(NamedTuple):
+    """One of the runs that a request asks for, and where that stands in the body."""
+    task: PromptRequest
+    at: str
 
 
-def ephemeral(task: AnyTask, *, dry_run: bool) -> AnyTask:
+def ephemeral(task: Task, *, dry_run: bool) -> Task:
     """A task of a fan-out, which keeps no session."""
     return dataclasses.replace(task, ephemeral=True, dry_run=True if dry_run else task.dry_run)
 
 
-def checked(server: Server, call: Call, tasks: Sequence[PromptRequest], places: Sequence[str]) -> List[Native]:
-    """A renderer for each task; `places` are where they stand in the body. Raises what is wrong with any of them, a
-    faulty field first, and if the line is full: nothing has run."""
+def checked(server: Server, call: Call, tasks: Sequence[Placed]) -> List[Native]:
+    """A renderer for each task. Raises what is wrong with any of them, a faulty field first, and if the line is full:
+    nothing has run."""
     natives: List[Native] = []
     others: List[ClinvkError] = []
-    for task, at in zip(tasks, places):
+    for task, at in tasks:
         try:
-            started = start_task(server, task, Stop(), at, call.ran)
+            started = start_task(server, Placed(task, at), Stop(), call.ran)
             ignored = [*started.ignored, *(["output_format"] if task.output_format == "stream-json" else [])]
             natives.append(Native(Asked(started.request.model), task.backend, ignored))
         except Invalid:  # it names the field
@@ -8921,18 +8926,18 @@ def checked(server: Server, call: Call, tasks: Sequence[PromptRequest], places: 
             others.append(error)
     if others:
         raise others[0]
-    if not all(is_dry(task, server.config) for task in tasks):
+    if not all(is_dry(task, server.config) for task, _ in tasks):
         server.slots.admit()
     call.stop.allow(server.config.server.request_timeout_secs)
     return natives
 
 
-def start_task(server: Server, task: PromptRequest, stop: Stop, at: str, ran: List[Ran]) -> Started:
-    return server.start(task, stop, at=at, prompt_at=f"{at}.prompt", ran=ran, admitted=True)
+def start_task(server: Server, placed: Placed, stop: Stop, ran: List[Ran]) -> Started:
+    return server.start(placed.task, stop, at=placed.at, prompt_at=f"{placed.at}.prompt", ran=ran, admitted=True)
 
 
-def starter(server: Server, call: Call, tasks: Sequence[PromptRequest], places: Sequence[str]) -> StartTask:
-    return lambda index, stop: start_task(server, tasks[index], stop, places[index], call.ran).events
+def starter(server: Server, call: Call, tasks: Sequence[Placed]) -> StartTask:
+    return lambda index, stop: start_task(server, tasks[index], stop, call.ran).events
 
 
 # ---- OpenAI and Anthropic: chats
