@@ -271,7 +271,7 @@ class ConfigError(Exception):
 Model = TypeVar("Model")
 
 
-class Rules(NamedTuple):
+class FieldRules(NamedTuple):
     """What a field must be besides of its type, and what is told of it. In a list, the rules of a text or a number are
     those of its items."""
     doc: str = ""
@@ -289,9 +289,9 @@ class Rules(NamedTuple):
 
 
 def param(default: Any = dataclasses.MISSING, **rules: Any) -> Any:
-    """A field that may come over the wire, with these Rules. `default` is a value, or list, dict or a dataclass to make
-    one of."""
-    metadata = {"rules": Rules(**rules)}
+    """A field that may come over the wire; `rules` are FieldRules. `default` is a value, or list, dict or a dataclass
+    to make one of."""
+    metadata = {"rules": FieldRules(**rules)}
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -331,7 +331,7 @@ def check(model: Type[Model], value: Any, where: str = "") -> Model:
 
 class WireField(NamedTuple):
     kind: Any  # its type
-    rules: Rules
+    rules: FieldRules
     required: bool
     default: Any
 
@@ -402,7 +402,7 @@ class Checker:
         else:
             self.wrong(place, "is not known" + nearest(name, known))
 
-    def value(self, kind: Any, value: Any, at: str, rules: Rules) -> Any:
+    def value(self, kind: Any, value: Any, at: str, rules: FieldRules) -> Any:
         origin, inner = get_origin(kind), get_args(kind)
         if origin is Union:
             return self.union([k for k in inner if k is not type(None)], value, at, rules)
@@ -414,7 +414,7 @@ class Checker:
             return self.model(kind, value, at)
         return value if kind is Any else self.scalar(kind, value, at, rules)
 
-    def union(self, kinds: List[Any], value: Any, at: str, rules: Rules) -> Any:
+    def union(self, kinds: List[Any], value: Any, at: str, rules: FieldRules) -> Any:
         """The kind whose JSON type is the value's; of several objects, the one whose `type` is."""
         fitting = [kind for kind in kinds if len(kinds) == 1 or json_type(kind) == json_type(type(value))]
         if not fitting:
@@ -431,7 +431,7 @@ class Checker:
             fitting = [by_type[name]]
         return self.value(fitting[0], value, at, rules)
 
-    def items(self, kind: Any, value: Any, at: str, rules: Rules) -> Any:
+    def items(self, kind: Any, value: Any, at: str, rules: FieldRules) -> Any:
         if not isinstance(value, list):
             return self.wrong(at, "must be a list", value)
         if rules.not_empty and not value:
@@ -441,7 +441,7 @@ class Checker:
         inner = rules._replace(not_empty=False, longest=None)
         return [self.value(kind, item, f"{at}[{index}]", inner) for index, item in enumerate(value)]
 
-    def mapping(self, kind: Any, value: Any, at: str, rules: Rules) -> Any:
+    def mapping(self, kind: Any, value: Any, at: str, rules: FieldRules) -> Any:
         if not isinstance(value, dict):
             return self.wrong(at, "must be an object", value)
         for name in value:
@@ -451,7 +451,7 @@ class Checker:
             value = {name: {} if item is None else item for name, item in value.items()}
         return {name: self.value(kind, item, f"{at}.{name}", rules) for name, item in value.items()}
 
-    def scalar(self, kind: Any, value: Any, at: str, rules: Rules) -> Any:
+    def scalar(self, kind: Any, value: Any, at: str, rules: FieldRules) -> Any:
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -476,7 +476,7 @@ def json_type(kind: Any) -> str:
     return "dict" if dataclasses.is_dataclass(plain) else str(plain.__name__)
 
 
-def text_problem(value: str, rules: Rules) -> str:
+def text_problem(value: str, rules: FieldRules) -> str:
     if rules.not_empty and not value:
         return "must not be empty"
     if rules.not_blank and not value.strip():
@@ -490,7 +490,7 @@ def text_problem(value: str, rules: Rules) -> str:
     return ""
 
 
-def number_problem(value: Any, rules: Rules) -> str:
+def number_problem(value: Any, rules: FieldRules) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     if rules.minimum is not None and value < rules.minimum:
@@ -7296,7 +7296,7 @@ class Renderer:
     stream_type = "text/event-stream"
     shown: ClassVar[Tuple[Type[Event], ...]] = (Message, Thinking, Refusal, Progress, Failure, Done)  # of a stream
     error_type = JSON_TYPE
-    error_answer: ClassVar[Any]
+    error_shape: ClassVar[Any]
 
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
@@ -7365,7 +7365,7 @@ class Renderer:
 
     @classmethod
     def error(cls, error: ClinvkError, request_id: str) -> Any:
-        """The body of the error, in the shape `error_answer`."""
+        """The body of the error, of the shape `error_shape`."""
         raise NotImplementedError
 
     @classmethod
@@ -7412,7 +7412,7 @@ class Native(Renderer):
     name = "clinvk"
     stream_type = "application/x-ndjson"
     error_type = "application/problem+json"
-    error_answer = NativeError
+    error_shape = NativeError
 
     def __init__(self, asked: Asked, backend: str, ignored: Sequence[str] = (), session_id: str = "") -> None:
         super().__init__(asked)
@@ -7525,7 +7525,7 @@ def done_content(result: Result, text: str) -> DoneContent:
 
 class OpenAI(Renderer):
     """What OpenAI's endpoints have in common: their errors."""
-    name, error_answer = "OpenAI", OpenAIError
+    name, error_shape = "OpenAI", OpenAIError
 
     @classmethod
     def error(cls, error: ClinvkError, request_id: str) -> OpenAIError:
@@ -7807,7 +7807,7 @@ def response_usage(usage: Usage) -> ResponseUsage:
 
 class Anthropic(Renderer):
     """SPEC 2.5: messages."""
-    name, error_answer = "Anthropic", AnthropicError
+    name, error_shape = "Anthropic", AnthropicError
 
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
@@ -9323,7 +9323,7 @@ class Schemas:
         self.backends = list(backends)  # that can be asked for
         self.named: Dict[str, Json] = {}
 
-    def of(self, kind: Any, rules: Optional[Rules] = None, **more: Any) -> Json:
+    def of(self, kind: Any, rules: Optional[FieldRules] = None, **more: Any) -> Json:
         """`rules` are those of a model's field, `more` what CHECKED_IN_CODE has of it; answers have neither."""
         origin, inner = get_origin(kind), get_args(kind)
         within = rules._replace(not_empty=False) if rules else None
@@ -9344,7 +9344,7 @@ class Schemas:
             return {"type": JSON_NAMES[kind], **scalar_rules(kind, rules), **more}
         return more if kind is Any else self.reference(kind)
 
-    def one_of(self, kinds: Sequence[Any], rules: Optional[Rules], **more: Any) -> Json:
+    def one_of(self, kinds: Sequence[Any], rules: Optional[FieldRules], **more: Any) -> Json:
         """Of a Union. In a model None says that the field may be left out."""
         shown = [self.of(kind, rules, **more) for kind in kinds if kind is not type(None)]
         schema = shown[0] if len(shown) == 1 else {"anyOf": shown}
@@ -9420,12 +9420,12 @@ def or_null(schema: Json) -> Json:
     return nullable
 
 
-def list_rules(rules: Optional[Rules]) -> Json:
+def list_rules(rules: Optional[FieldRules]) -> Json:
     """What the Checker's `items` checks."""
     return without_empty({"minItems": 1 if rules.not_empty else None, "maxItems": rules.longest}) if rules else {}
 
 
-def scalar_rules(kind: Any, rules: Optional[Rules]) -> Json:
+def scalar_rules(kind: Any, rules: Optional[FieldRules]) -> Json:
     """What `text_problem` and `number_problem` check."""
     if not rules:
         return {}
@@ -9541,7 +9541,7 @@ def error_of(kinds: Sequence[Type[ClinvkError]], style: Type[Renderer], schemas:
             *(["x-should-retry"] if asked else [])]
     return {"description": " ".join(inspect.cleandoc(kind.__doc__ or "") for kind in kinds),
             "headers": header_objects(*OF_ALL, *told),
-            "content": {style.error_type: {"schema": schemas.reference(style.error_answer)}}}
+            "content": {style.error_type: {"schema": schemas.reference(style.error_shape)}}}
 
 
 def header_objects(*names: str) -> Json:
