@@ -2835,6 +2835,14 @@ def command_of(name: str, config: Config) -> List[str]:
     return [command] if isinstance(command, str) and command else list(command) or [name]
 
 
+class Installed(NamedTuple):
+    """A configured backend whose CLI is there."""
+    name: str
+    program: List[str]  # absolute, and its first arguments; [] if it needs none
+    config: Config
+    version: str  # "" until it has been looked up
+
+
 class Backend:
     """How one CLI is called and read. An instance is the memory of one child.
 
@@ -2856,9 +2864,9 @@ class Backend:
     IN_WORKDIR: ClassVar[Tuple[str, ...]] = ()  # and those that it reads then in the directory in which it runs
     USER_HOME: ClassVar[Tuple[str, str]] = ("", "")  # what variable names the CLI's own home; else where in HOME it is
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        self.name, self.program, self.config, self.cli_version = name, program, config, cli_version
-        self.own_flags = config.backends[name].extra_flags
+    def __init__(self, cli: Installed) -> None:
+        self.name, self.program, self.config, self.cli_version = cli
+        self.own_flags = self.config.backends[self.name].extra_flags
         self.started_ahead = False  # of its first request
         self.accepted = False  # the CLI has taken the present turn up: from here on its provider may have been asked
         self.scratch: Optional[Path] = None  # a directory of the run's own
@@ -3139,8 +3147,8 @@ class Lines:
 class JsonLines(Backend):
     """A CLI that prints one JSON object a line."""
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        super().__init__(name, program, config, cli_version)
+    def __init__(self, cli: Installed) -> None:
+        super().__init__(cli)
         self.lines = Lines(self.repeats)
 
     def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
@@ -3271,8 +3279,8 @@ class Claude(JsonLines):
         maximum exclusiveMinimum exclusiveMaximum multipleOf allOf anyOf oneOf not if then else dependencies $ref $defs
         definitions title description default examples""".split())
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        super().__init__(name, program, config, cli_version)
+    def __init__(self, cli: Installed) -> None:
+        super().__init__(cli)
         self.grants = False  # whether tools that ask are allowed
         self.model = ""
         self.message_id = ""
@@ -3617,8 +3625,8 @@ class JsonRpc(JsonLines):
     version_field: ClassVar[Json] = {}  # what every message carries
     REHEARSED: ClassVar[Json] = {"thread": {"id": "<thread>"}, "turn": {"id": "<turn>"}, "sessionId": "<session>"}
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        super().__init__(name, program, config, cli_version)
+    def __init__(self, cli: Installed) -> None:
+        super().__init__(cli)
         self.replies: Dict[int, Callable[[Json, Mouth], Iterator[Event]]] = {}
         self.calls = 0
 
@@ -3715,8 +3723,8 @@ class Codex(JsonRpc):
              "plugins", "hooks", "tool_suggest", "sleep_tool", "shell_snapshot", "skill_search", "browser_use",
              "computer_use", "in_app_browser"), False)}
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        super().__init__(name, program, config, cli_version)
+    def __init__(self, cli: Installed) -> None:
+        super().__init__(cli)
         self.spoken = Spoken()
         self.turn = ""
         self.counts: Json = {}  # of tokens, in the whole thread
@@ -4077,8 +4085,8 @@ class Gemini(JsonRpc):
         "hooksConfig": {"enabled": False}, "experimental": {"enableAgents": False},
         "context": {"includeDirectoryTree": False}, "model": {"disableLoopDetection": True}}
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        super().__init__(name, program, config, cli_version)
+    def __init__(self, cli: Installed) -> None:
+        super().__init__(cli)
         self.request: Optional[Settled] = None
         self.grants = False  # whether tools that ask are allowed
         self.first_session = str(uuid.uuid4())  # gemini stores one at its start, besides the one that we ask for
@@ -4574,8 +4582,8 @@ class Text(Backend):
     remembers = False
     has_subcommands = False  # as far as we know, and not every program takes --flag=value
 
-    def __init__(self, name: str, program: List[str], config: Config, cli_version: str) -> None:
-        super().__init__(name, program, config, cli_version)
+    def __init__(self, cli: Installed) -> None:
+        super().__init__(cli)
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.opens = True
 
@@ -8426,7 +8434,7 @@ class Server:
             hint = " (a program and its arguments must be a list)" if " " in command else ""
             raise BackendUnavailable(f'{name} is not installed: no "{command}" on PATH{hint}. Install it, or set '
                                      f"backends.{name}.command")
-        return kind_of(name)(name, program, self.config, self.versions.get(name, ""))
+        return kind_of(name)(Installed(name, program, self.config, self.versions.get(name, "")))
 
     def known_backend(self, name: str, at: str) -> None:
         if name not in self.config.backends:

@@ -76,7 +76,7 @@ def request_of(backend: str, prompt: str = "hello", **fields: Any) -> Settled:
 
 
 def backend_of(name: str, config: Config, program: Optional[List[str]] = None) -> Any:
-    return clinvk.kind_of(name)(name, program or [f"/bin/{name}"], config, "")
+    return clinvk.kind_of(name)(clinvk.Installed(name, program or [f"/bin/{name}"], config, ""))
 
 
 def asked(name: str, config: Config, request: Settled) -> Tuple[Any, Ears]:
