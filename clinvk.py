@@ -5964,8 +5964,8 @@ def new_session(request: Settled, tags: Sequence[str]) -> Session:
                    backend_session_id=kind_of(request.backend).new_conversation())
 
 
-def kept(session: Session, run_in: Callable[[Session], Events], store: Store, *, is_new: bool,
-         counts_usage: bool) -> Events:
+def next_turn(session: Session, run_in: Callable[[Session], Events], store: Store, *, is_new: bool,
+              counts_usage: bool) -> Events:
     """The events of the run that is the next turn of `session`; `run_in` starts it, in the session as it is by then.
 
     It is stored as `active` before the run begins, and as it has ended before the Done. Raises Conflict if a turn of it
@@ -8500,8 +8500,8 @@ class Server:
                    ignored: List[str]) -> Started:
         """A run that is the next turn of a session, or the first one of a new session."""
         settings = self.config.session
-        session = dataclasses.replace(found, metadata=request.metadata) if found else \
-            new_session(request, settings.default_tags)
+        session = new_session(request, settings.default_tags) if found is None else dataclasses.replace(
+            found, metadata=request.metadata)
         if request.sandbox_mode != "default":
             session = dataclasses.replace(session, sandbox_mode=request.sandbox_mode)
 
@@ -8511,7 +8511,7 @@ class Server:
                                 f"{session.id}:{count + 1}", session.id)
             return run_of(dataclasses.replace(request, resume=session.backend_session_id, conversation=talk,
                                               begins=not session.has_begun))
-        events = kept(session, run_in, self.store, is_new=not found, counts_usage=settings.store_token_usage)
+        events = next_turn(session, run_in, self.store, is_new=not found, counts_usage=settings.store_token_usage)
         return Started(events, request, ignored, session.id)
 
     def continued(self, asked: PromptRequest, session: Session, at: str) -> Tuple[PromptRequest, List[str]]:
