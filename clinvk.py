@@ -2847,9 +2847,10 @@ class Backend:
     """How one CLI is called and read. An instance is the memory of one child.
 
     A subclass says what must be known at the start (`command`), what is said once before any request (`greet`), how a
-    request is asked (`ask`), and what the CLI's output means (`read`, up to one Done)."""
+    request is asked (`ask`), and what the CLI's output means (`read`, up to one Done). Further facts about its CLI are
+    in the attributes below; constants of its own are in capitals."""
     honours: ClassVar[FrozenSet[str]] = frozenset()  # request fields; others that are set come back as `ignored`
-    EFFORTS: ClassVar[Container[str]] = ()  # how hard the CLI can be told to think
+    efforts: ClassVar[Container[str]] = ()  # how hard the CLI can be told to think
     extra_flags: ClassVar[Dict[str, bool]] = {}  # what `extra` may hold -> whether a value follows
     has_subcommands: ClassVar[bool] = True  # so that a word on its command line could be one
     streams: ClassVar[Literal["deltas", "messages"]] = "deltas"
@@ -2859,10 +2860,10 @@ class Backend:
     shows_images: ClassVar[bool] = False  # to its model
     context_window: ClassVar[int] = 128_000  # tokens that its usual model takes
     noise: ClassVar[str] = ""  # a pattern: lines of stderr that mean nothing
-    LOGIN_AND_SETTINGS: ClassVar[Tuple[str, ...]] = ()  # files in its own home that it reads at its start
-    MEMORY: ClassVar[Tuple[str, ...]] = ()  # further ones that it reads there as an agent
-    IN_WORKDIR: ClassVar[Tuple[str, ...]] = ()  # and those that it reads then in the directory in which it runs
-    USER_HOME: ClassVar[Tuple[str, str]] = ("", "")  # what variable names the CLI's own home; else where in HOME it is
+    home_at: ClassVar[Tuple[str, str]] = ("", "")  # what variable names the CLI's own home; else where in HOME it is
+    settings_files: ClassVar[Tuple[str, ...]] = ()  # login and settings, in its own home: it reads them at its start
+    memory_files: ClassVar[Tuple[str, ...]] = ()  # further ones that it reads there as an agent
+    workdir_files: ClassVar[Tuple[str, ...]] = ()  # and those that it reads then in the directory in which it runs
 
     def __init__(self, cli: Installed) -> None:
         self.name, self.program, self.config, self.cli_version = cli
@@ -2879,7 +2880,7 @@ class Backend:
     @functools.cached_property
     def user_home(self) -> Path:
         """The CLI's own home, as the CLI itself finds it."""
-        variable, directory = self.USER_HOME
+        variable, directory = self.home_at
         environ = child_environ(self.config, self.name)
         return Path(environ.get(variable) or Path(environ.get("HOME") or Path.home()) / directory)
 
@@ -2898,7 +2899,7 @@ class Backend:
         shown = {"effort": "reasoning_effort", "thinking_tokens": "thinking"}
         by_way = {"approval_mode", "sandbox_mode", "allowed_tools", "max_turns"} if request.isolated else set()
         given = [n for n in names if getattr(request, n) not in ("", "default", 0, None, False)]
-        unable = by_way if not request.effort or request.effort in self.EFFORTS else {*by_way, "effort"}
+        unable = by_way if not request.effort or request.effort in self.efforts else {*by_way, "effort"}
         return [shown.get(n, n) for n in given if n not in self.honours or n in unable]
 
     def refuses(self, request: Settled) -> str:
@@ -2966,11 +2967,12 @@ class Backend:
     def stamps(self, request: Settled) -> Tuple[str, ...]:
         """What changes with what the CLI takes in at its start: the date, its program, login and settings; of an agent,
         also its memory."""
-        home = self.user_home if self.USER_HOME[0] else Path()
+        home = self.user_home if self.home_at[0] else Path()
         files = [Path(word) for word in self.program if os.path.isabs(word)]
-        files += [home / name for name in self.LOGIN_AND_SETTINGS]
+        files += [home / name for name in self.settings_files]
         if not request.isolated:
-            files += [home / name for name in self.MEMORY] + [Path(request.workdir, name) for name in self.IN_WORKDIR]
+            files += [home / name for name in self.memory_files]
+            files += [Path(request.workdir, name) for name in self.workdir_files]
         return (str(datetime.date.today()), *map(file_stamp, files))
 
     def read(self, data: bytes, mouth: Mouth) -> Iterator[Event]:
@@ -3249,22 +3251,22 @@ class Claude(JsonLines):
                          "allowed_tools", "effort", "thinking_tokens"})
     extra_flags = {"--effort": True, "--max-budget-usd": True, "--disallowedTools": True, "--disallowed-tools": True,
                    "--betas": True, "--exclude-dynamic-system-prompt-sections": False}
-    USER_HOME = ("CLAUDE_CONFIG_DIR", ".claude")
-    noise = r"^\[claude-code:|no stdin data received"
-    LINE = ("-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose",
-            "--include-partial-messages", "--permission-prompt-tool", "stdio")
-    ISOLATED = ("--safe-mode", "--strict-mcp-config", "--tools", "", "--disable-slash-commands")
-    PERMISSION = {"default": "default", "auto": "acceptEdits", "none": "dontAsk", "always": "default"}
+    efforts: ClassVar[Dict[str, str]] = {"none": "", "minimal": "low", "low": "low", "medium": "medium",
+                                         "high": "high", "xhigh": "xhigh", "max": "max"}
     stores_at_exit = True
     can_wait = True
     shows_images = True
     context_window = 200_000
-    LOGIN_AND_SETTINGS = (".credentials.json", "settings.json")
-    MEMORY = ("CLAUDE.md",)
-    IN_WORKDIR = ("CLAUDE.md", "CLAUDE.local.md", ".mcp.json", ".claude/CLAUDE.md", ".claude/settings.json",
-                  ".claude/settings.local.json")
-    EFFORTS: ClassVar[Dict[str, str]] = {"none": "", "minimal": "low", "low": "low", "medium": "medium",
-                                         "high": "high", "xhigh": "xhigh", "max": "max"}
+    noise = r"^\[claude-code:|no stdin data received"
+    home_at = ("CLAUDE_CONFIG_DIR", ".claude")
+    settings_files = (".credentials.json", "settings.json")
+    memory_files = ("CLAUDE.md",)
+    workdir_files = ("CLAUDE.md", "CLAUDE.local.md", ".mcp.json", ".claude/CLAUDE.md", ".claude/settings.json",
+                     ".claude/settings.local.json")
+    LINE = ("-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose",
+            "--include-partial-messages", "--permission-prompt-tool", "stdio")
+    ISOLATED = ("--safe-mode", "--strict-mcp-config", "--tools", "", "--disable-slash-commands")
+    PERMISSION = {"default": "default", "auto": "acceptEdits", "none": "dontAsk", "always": "default"}
     # Tokens, for the models that know no effort: 4.5 and before. The others take notice of the 0 only.
     THINKING: ClassVar[Dict[str, int]] = {"none": 0, "minimal": 1024, "low": 2048, "medium": 8192, "high": 31999,
                                           "xhigh": 31999, "max": 31999}
@@ -3363,8 +3365,8 @@ class Claude(JsonLines):
         if first:
             mouth.say(control("initialize", **first))
         settings: Json = {"env": self.limits(request)} if self.started_ahead and request.max_tokens else {}
-        if self.EFFORTS.get(request.effort):
-            settings["effortLevel"] = self.EFFORTS[request.effort]
+        if self.efforts.get(request.effort):
+            settings["effortLevel"] = self.efforts[request.effort]
         if settings:
             mouth.say(control("apply_flag_settings", settings=settings))
         thinking = request.thinking_tokens
@@ -3694,17 +3696,17 @@ class Codex(JsonRpc):
     The model way has a CODEX_HOME of clinvk's own, for AGENTS.md in the user's can not be switched off: its config.toml
     is ISOLATED and the user's KEPT keys, its auth.json a link to the user's."""
     honours = frozenset({"model", "approval_mode", "sandbox_mode", "system_prompt", "effort"})
-    USER_HOME = ("CODEX_HOME", ".codex")
-    noise = r"WARNING: proceeding|could not (create|update) PATH|Reading prompt from stdin|could not find bubblewrap"
+    efforts = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"})
     stores_at_exit = True
     can_wait = True
     shows_images = True
     context_window = 258_400
-    LOGIN_AND_SETTINGS = ("auth.json", "config.toml")
-    MEMORY = ("AGENTS.md",)
-    IN_WORKDIR = ("AGENTS.md", ".codex/config.toml")
+    noise = r"WARNING: proceeding|could not (create|update) PATH|Reading prompt from stdin|could not find bubblewrap"
+    home_at = ("CODEX_HOME", ".codex")
+    settings_files = ("auth.json", "config.toml")
+    memory_files = ("AGENTS.md",)
+    workdir_files = ("AGENTS.md", ".codex/config.toml")
     SANDBOX = {"read-only": "read-only", "workspace": "workspace-write", "full": "danger-full-access"}
-    EFFORTS = frozenset({"none", "minimal", "low", "medium", "high", "xhigh"})
     LONGEST = 1_048_576  # characters of a prompt
     REPLY = rb'(?m)^\{("id":2,.*|"error":.*,"id":2)\}$\n'  # to a second call
     KEPT = ("model", "model_provider", "model_providers", "openai_base_url", "chatgpt_base_url",
@@ -3726,7 +3728,7 @@ class Codex(JsonRpc):
     def __init__(self, cli: Installed) -> None:
         super().__init__(cli)
         self.spoken = Spoken()
-        self.turn = ""
+        self.turn_id = ""
         self.counts: Json = {}  # of tokens, in the whole thread
         self.counts_before: Json = {}  # those of its earlier turns
         self.default_sandbox = "<that of the config>"  # looked up only if a thread would keep another one
@@ -3881,14 +3883,14 @@ class Codex(JsonRpc):
 
     def start_turn(self, request: Settled, mouth: Mouth, then: Callable[[Json, Mouth], Iterator[Event]]) -> None:
         turn: Json = {"threadId": self.thread_id, "input": [*map(codex_input, request.parts)]}
-        if request.effort in self.EFFORTS:
+        if request.effort in self.efforts:
             turn["effort"] = request.effort
         if request.schema is not None:
             turn["outputSchema"] = request.schema
         self.call(mouth, "turn/start", turn, then)
 
     def turn_started(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
-        self.turn, self.accepted = reply["turn"]["id"], True
+        self.turn_id, self.accepted = reply["turn"]["id"], True
         return iter(())
 
     def next_turn_started(self, reply: Json, mouth: Mouth) -> Iterator[Event]:
@@ -3914,7 +3916,7 @@ class Codex(JsonRpc):
         elif method == "item/completed":
             yield from self.item_completed(params["item"])
         elif method == "thread/tokenUsage/updated":
-            if params["turnId"] == self.turn:
+            if params["turnId"] == self.turn_id:
                 self.counts = params["tokenUsage"]["total"]
             else:
                 self.counts_before = params["tokenUsage"]["total"]
@@ -4061,19 +4063,19 @@ class Gemini(JsonRpc):
     Nothing but `initialize` is said before that is answered: without a login gemini takes lines for a login code."""
     honours = frozenset({"model", "approval_mode", "sandbox_mode", "max_tokens", "system_prompt"})
     extra_flags = {"--debug": False, "-d": False}
-    USER_HOME = ("GEMINI_CLI_HOME", "")
-    noise = r"256-color|\[STARTUP\]|Ripgrep is not available|YOLO mode|Loaded cached credentials"
     version_field: ClassVar[Json] = {"jsonrpc": "2.0"}
-    PERMISSION = {"default": "default", "auto": "autoEdit", "none": "yolo", "always": "default"}
-    ALIASES = frozenset({"auto", "pro", "flash", "flash-lite"})
-    REPLAY_SILENCE = 3.0  # seconds
     can_wait = True
     shows_images = True
     context_window = 1_000_000
-    LOGIN_AND_SETTINGS = tuple(f".gemini/{name}" for name in ("oauth_creds.json", "google_accounts.json",
-                                                              "gemini-credentials.json", ".env")) + (".env",)
-    MEMORY = (".gemini/GEMINI.md", ".gemini/settings.json")
-    IN_WORKDIR = ("GEMINI.md", ".gemini/settings.json")
+    noise = r"256-color|\[STARTUP\]|Ripgrep is not available|YOLO mode|Loaded cached credentials"
+    home_at = ("GEMINI_CLI_HOME", "")
+    settings_files = (".gemini/oauth_creds.json", ".gemini/google_accounts.json", ".gemini/gemini-credentials.json",
+                      ".gemini/.env", ".env")
+    memory_files = (".gemini/GEMINI.md", ".gemini/settings.json")
+    workdir_files = ("GEMINI.md", ".gemini/settings.json")
+    PERMISSION = {"default": "default", "auto": "autoEdit", "none": "yolo", "always": "default"}
+    ALIASES = frozenset({"auto", "pro", "flash", "flash-lite"})
+    REPLAY_SILENCE = 3.0  # seconds
     MODEL = "flash"  # of the model way, if none is said: "auto" asks the provider first which one to take
     COMMANDS = re.compile(r"\s*[/$]\s*(memory|extensions|init|restore|about|help)(\s|$)")
     LINKED = ("oauth_creds.json", "google_accounts.json", "gemini-credentials.json", "installation_id", ".env")
@@ -5649,21 +5651,21 @@ def from_cli(request: Settled, backend: Backend, spares: Spares, slots: Slots, s
         cli = spares.take(request) or started(request, backend, spares.children, stop)
     ran.start = cli.start
     try:
-        yield from turn(request, cli, spares, slots, stop)
+        yield from one_turn(request, cli, spares, slots, stop)
         return
     except Unfit as error:
         LOG.warning("a %s that had waited was of no use, and another is started: %s", request.backend, error)
     with slots.released_on_error():
         cli = started(request, backend, spares.children, stop)
     ran.start = cli.start
-    yield from turn(request, cli, spares, slots, stop)
+    yield from one_turn(request, cli, spares, slots, stop)
 
 
 class Unfit(Exception):
     """A CLI that had waited has failed before its provider was asked, or because of its login: nothing is lost yet."""
 
 
-def turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Stop) -> Events:
+def one_turn(request: Settled, spare: Spare, spares: Spares, slots: Slots, stop: Stop) -> Events:
     """Ask, and pass on what the CLI says until its answer is complete; then it waits for the next turn, or goes. The
     slot is given back. Raises Unfit, and keeps the slot."""
     heard, when_gone = Heard(), slots.release
@@ -9170,7 +9172,7 @@ def codex_model(server: Server, name: str, priority: int) -> CodexModel:
     return {"slug": name, "display_name": name, "visibility": "list", "supported_in_api": True, "priority": priority,
             "base_instructions": CODEX_INSTRUCTIONS, "shell_type": "disabled", "experimental_supported_tools": [],
             "supported_reasoning_levels": [{"effort": effort, "description": about}
-                                           for effort, about in CODEX_EFFORTS.items() if effort in kind.EFFORTS],
+                                           for effort, about in CODEX_EFFORTS.items() if effort in kind.efforts],
             "support_verbosity": False, "truncation_policy": {"mode": "tokens", "limit": 10_000},
             "context_window": kind.context_window,
             "input_modalities": ["text", "image"] if kind.shows_images else ["text"]}
