@@ -91,8 +91,9 @@ import yaml
 try:
     import fcntl
     import resource
+    import termios
 except ImportError:  # Windows
-    fcntl = resource = None  # type: ignore[assignment]
+    fcntl = resource = termios = None  # type: ignore[assignment]
 
 __version__ = "0.1.0"
 
@@ -1544,8 +1545,8 @@ def settled(request: PromptRequest, config: Config, workdir: str) -> Settled:
     """Fill in from config what the request leaves open; `workdir` is the directory, already checked."""
     backend, flags = config.backends[request.backend], config.unified_flags
 
-    def first(*values: Any) -> Any:
-        return next((value for value in values if value is not None), None)
+    def first(asked: Any, configured: Any) -> Any:
+        return configured if asked is None else asked
     given = {f.name: getattr(request, f.name) for f in dataclasses.fields(PromptRequest)}
     given.update(
         model=named_model(request.model or backend.model, request.backend, config), workdir=workdir,
@@ -10133,7 +10134,7 @@ def held_by_kernel(connection: socket.socket) -> int:
     """How many bytes that were sent the other side has not acknowledged; 0 where nobody tells."""
     try:
         if sys.platform == "linux":
-            return int.from_bytes(fcntl.ioctl(connection.fileno(), 0x5411, bytes(4)), sys.byteorder)  # SIOCOUTQ
+            return int.from_bytes(fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         if sys.platform == "darwin":
             return int(connection.getsockopt(socket.SOL_SOCKET, 0x1024))  # SO_NWRITE
     except (OSError, ValueError):  # it is being closed just now
