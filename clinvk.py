@@ -273,9 +273,8 @@ Model = TypeVar("Model")
 
 
 class FieldRules(NamedTuple):
-    """What a field must be besides of its type, and what is told of it. In a list, the rules of a text or a number are
-    those of its items."""
-    doc: str = ""
+    """What a field must be, besides of its type. The rules for a text or a number are those of a list's items, too."""
+    doc: str = ""  # for /openapi.json
     minimum: Optional[float] = None
     maximum: Optional[float] = None
     above: Optional[float] = None  # what the number must be more than
@@ -286,7 +285,7 @@ class FieldRules(NamedTuple):
     free_text: bool = False  # it never reaches a command line or a file name: NUL is allowed in it
     flag_value: bool = False  # it follows a flag there: it must not be taken for another one
     directory: bool = False  # an absolute path
-    names_backend: bool = False  # told only: whether there is one of that name, others check
+    names_backend: bool = False  # for /openapi.json: whether there is one of that name is checked elsewhere
 
 
 def param(default: Any = dataclasses.MISSING, **rules: Any) -> Any:
