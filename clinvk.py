@@ -129,7 +129,7 @@ class ClinvkError(Exception):
         self.retry_after = retry_after
 
     @property
-    def whole(self) -> str:
+    def full_message(self) -> str:
         """The message, and the details."""
         return "\n".join(part for part in (str(self), self.details) if part)
 
@@ -2633,6 +2633,12 @@ class Done(Event):
     waits: bool = False  # the CLI waits for the next turn of the conversation
 
 
+def failing(error: ClinvkError, exit_code: int = -1) -> Iterator[Event]:
+    """The last events of a run that has failed."""
+    yield Failure(error)
+    yield Done(exit_code)
+
+
 class Result:
     """A run's events collected. Text is kept in the pieces it came in: an answer of 10 MB is held once."""
 
@@ -2989,9 +2995,9 @@ class Backend:
 
     def at_end(self, exit_code: int, stderr: str) -> Iterator[Event]:
         """The last events of a CLI that has gone without a Done."""
-        yield Failure(self.classified(stderr) or BackendFailed(f"{self.name} ended with exit code {exit_code} before "
-                                                               "its answer was complete"))
-        yield Done(exit_code or 1)
+        error = self.classified(stderr) or BackendFailed(f"{self.name} ended with exit code {exit_code} before its "
+                                                         "answer was complete")
+        return failing(error, exit_code or 1)
 
     def classified(self, stderr: str) -> Optional[ClinvkError]:
         """The error that a CLI's last words mean; None if they say nothing that we know."""
@@ -3187,9 +3193,9 @@ class JsonLines(Backend):
             LOG.warning("%s %s: a message of type %s is not understood (%s)", self.name, self.cli_version, kind,
                         type(error).__name__)
             if self.is_decisive(message):
-                yield Failure(BackendFailed(f"{self.name} {self.cli_version} says what clinvk {__version__} does not "
-                                            f"understand (in its message {kind}); is there a newer clinvk?"))
-                yield Done(1)
+                yield from failing(BackendFailed(
+                    f"{self.name} {self.cli_version} says what clinvk {__version__} does not understand (in its "
+                    f"message {kind}); is there a newer clinvk?"), 1)
 
     def is_decisive(self, message: Json) -> bool:
         """Whether the run hangs on this message: nothing will follow it by itself."""
@@ -3675,8 +3681,7 @@ class JsonRpc(JsonLines):
         elif message.get("id") in self.replies:
             then = self.replies.pop(message["id"])
             if "error" in message:
-                yield Failure(self.rpc_error(message["error"]))
-                yield Done(1)
+                yield from failing(self.rpc_error(message["error"]), 1)
             else:
                 yield from then(message.get("result") or {}, mouth)
 
@@ -4408,10 +4413,8 @@ class Gemini(JsonRpc):
 
     def at_end(self, exit_code: int, stderr: str) -> Iterator[Event]:
         if exit_code == 41:
-            yield Failure(self.logged_out("it could not authenticate"))
-            yield Done(exit_code)
-        else:
-            yield from super().at_end(exit_code, stderr)
+            return failing(self.logged_out("it could not authenticate"), exit_code)
+        return super().at_end(exit_code, stderr)
 
     def forget(self, session_id: str, output_of: OutputOf) -> None:
         for file in [*chat_files(self.chats(), session_id), *loadable_files(self.chats(), session_id)]:
@@ -5625,8 +5628,8 @@ def run(request: Settled, backend: Backend, spares: Spares, slots: Slots, stop: 
             for event in events:
                 yield timed(event, started)
     except BackendAuth as error:  # not logged in is a failed run, whenever it is noticed
-        yield Failure(error)
-        yield timed(Done(-1), started)
+        for event in failing(error):
+            yield timed(event, started)
     finally:
         stop.allow(math.inf)  # a client may take its time with what is left to read
 
@@ -5656,8 +5659,7 @@ def in_process(events: Iterator[Event], slots: Slots, stop: Stop) -> Events:
             stop.check()
             yield event
     except ClinvkError as error:
-        yield Failure(error)
-        yield Done(-1)
+        yield from failing(error)
     finally:
         slots.release()
 
@@ -5779,8 +5781,7 @@ def until_done(backend: Backend, child: Child, stop: Stop, accepts_by: float) ->
                 yield Progress("waiting", f"nothing of the answer for {SILENCE:g} s")
         yield from backend.at_end(exit_code_of(child), child.stderr.decode(errors="replace"))
     except ClinvkError as error:
-        yield Failure(error)
-        yield Done(-1)
+        yield from failing(error)
 
 
 def exit_code_of(child: Child) -> int:
@@ -6018,7 +6019,7 @@ def recorded(session: Session, events: Events, store: Store, *, counts_usage: bo
                 if isinstance(event.error, (Forgotten, Conflict)):  # the prompt has not been given
                     event.error.prompted = False
                     raise event.error
-                session = dataclasses.replace(session, error_message=event.error.whole)
+                session = dataclasses.replace(session, error_message=event.error.full_message)
             elif isinstance(event, Done):
                 try:
                     held = store.lease.name if event.waits else ""
@@ -6548,8 +6549,8 @@ def work(to_do: queue.SimpleQueue[int], heard: queue.SimpleQueue[Told], start: S
         except Exception:
             LOG.error("task %d: a defect of clinvk\n%s", task, traceback.format_exc())
             if not done:
-                heard.put(Told(task, Failure(ClinvkError("clinvk has a defect; its log tells more"))))
-                heard.put(Told(task, Done(-1)))
+                for event in failing(Defect("clinvk has a defect; its log tells more")):
+                    heard.put(Told(task, event))
 
 
 def one_task(task: int, start: StartTask, stop: TaskStop) -> Events:
@@ -6559,8 +6560,7 @@ def one_task(task: int, start: StartTask, stop: TaskStop) -> Events:
         with contextlib.closing(start(task, stop)) as events:
             yield from events
     except ClinvkError as error:
-        yield Failure(error)
-        yield Done(-1)
+        yield from failing(error)
 
 
 def in_turn(count: int, start: StartTask, whole: Stop, *, stop_on_failure: bool) -> Tolds:
@@ -7456,7 +7456,7 @@ class Native(Renderer):
                         "model": result.init.model or self.asked.model,
                         "exit_code": done.exit_code, "duration_ms": done.duration_ms, "output": output,
                         "token_usage": result.usage and native_usage(result.usage), "cost_usd": done.cost_usd,
-                        "error": result.failure and result.failure.error.whole, "ignored": list(self.ignored)}
+                        "error": result.failure and result.failure.error.full_message, "ignored": list(self.ignored)}
         return {name: value for name, value in answer.items() if value not in (None, "", [])}
 
     def stream(self, told: Iterator[Told]) -> Iterator[bytes]:
@@ -7558,7 +7558,7 @@ class OpenAI(Renderer):
     def error(cls, error: ClinvkError, request_id: str) -> OpenAIError:
         kind, code = error.openai
         param = error.problems[0].location if error.problems else None
-        return {"error": {"message": error.whole, "type": kind, "param": param, "code": code}}
+        return {"error": {"message": error.full_message, "type": kind, "param": param, "code": code}}
 
 
 class ChatCompletions(OpenAI):
@@ -7770,7 +7770,7 @@ class Responses(OpenAI):
 
     def fails(self, error: ClinvkError) -> Iterator[bytes]:
         kind, code = error.openai
-        told = {"type": kind, "code": self.final_code or code or kind, "message": error.whole}
+        told = {"type": kind, "code": self.final_code or code or kind, "message": error.full_message}
         yield from self.event("response.failed", response=self.response("failed", error=told))
 
     def event(self, kind: str, texts: Optional[Dict[str, List[str]]] = None, **fields: Any) -> Iterator[bytes]:
@@ -7879,7 +7879,8 @@ class Anthropic(Renderer):
 
     @classmethod
     def error(cls, error: ClinvkError, request_id: str) -> AnthropicError:
-        return {"type": "error", "error": {"type": error.anthropic, "message": error.whole}, "request_id": request_id}
+        return {"type": "error", "error": {"type": error.anthropic, "message": error.full_message},
+                "request_id": request_id}
 
 
 class Blocks:
@@ -8790,8 +8791,8 @@ def to_the_end(told: Tolds) -> Iterator[Told]:
     try:
         yield from told
     except ClinvkError as error:
-        yield Told(0, Failure(error))
-        yield Told(0, Done(-1))
+        for event in failing(error):
+            yield Told(0, event)
 
 
 def collected(told: Tolds, renderer: Renderer, headers: Mapping[str, str], *, fails: bool = False) -> Answer:
