@@ -9292,8 +9292,11 @@ def words(*allowed: Optional[str]) -> Json:
 
 
 def with_some(*kinds: Json) -> Json:
-    """A list in which one item is of one of these kinds. Each says what fields it must have, and their schemas."""
-    objects = [{"type": "object", "required": list(fields), "properties": fields} for fields in kinds]
+    """A list in which one item is of one of these kinds. Each says what fields it must have, and their schemas; a field
+    that may be null may be left out."""
+    objects = [{"type": "object", "properties": fields,
+                "required": [name for name, schema in fields.items() if None not in schema.get("enum", ())]}
+               for fields in kinds]
     return {"contains": {"anyOf": objects}}
 
 
@@ -9335,7 +9338,8 @@ CHECKED_IN_CODE: Dict[Any, Dict[str, Json]] = {
             {"role": SPEAKS, "content": text_or_some({"type": words("text"), "text": SOME_TEXT}, REFUSAL,
                                                      {"type": words("image_url")})},
             {"role": SPEAKS, "refusal": SOME_TEXT}, {"role": words("tool", "function")},
-            {"role": SPEAKS, "tool_calls": {"type": "array", "minItems": 1}})},
+            {"role": SPEAKS, "tool_calls": {"type": "array", "minItems": 1}},
+            {"role": SPEAKS, "function_call": {"type": "object"}})},
     CompletionRequest: {
         "": {"anyOf": [{"properties": {"prompt": {"anyOf": [SOME_TEXT, {"type": "array", "items": SOME_TEXT}]}}},
                        {"required": ["suffix"], "properties": {"suffix": {"type": "string", "minLength": 1}}}]},
@@ -9345,7 +9349,9 @@ CHECKED_IN_CODE: Dict[Any, Dict[str, Json]] = {
         "input": text_or_some({
             "role": words("user", "assistant"), "type": words("message", None),
             "content": text_or_some({"type": words("input_text", "output_text", "text"), "text": SOME_TEXT}, REFUSAL,
-                                    {"type": words("input_image")})})},
+                                    {"type": words("input_image")})},
+            {"type": words(*(name for kind in (CallItem, OutputItem)
+                             for name in wire_fields(kind)["type"].rules.choices))})},
     MessagesRequest: {
         "": forces_no_tool({"properties": {"type": FREE_CHOICE}}),
         "messages": {**with_some({"role": words("user", "assistant"), "content": text_or_some(
@@ -9555,7 +9561,7 @@ def responses_of(entry: Route, style: Type[Renderer], schemas: Schemas, *, guard
     for error in {*EVERYWHERE, *entry.errors, *(WITH_A_BODY if entry.method == "POST" else ()),
                   *((Unauthorized,) if guarded else ())}:
         errors.setdefault(style.status(error), []).append(error)
-    shown = {str(status): error_of(sorted(kinds, key=lambda kind: kind.__name__), style, schemas)
+    shown = {str(status): error_of(sorted(kinds, key=lambda kind: kind.__name__), style, schemas, entry.headers)
              for status, kinds in sorted(errors.items())}
     content: Json = {entry.answer: {"schema": {"type": "string"}}} if isinstance(entry.answer, str) else {
         JSON_TYPE: {"schema": schemas.of(entry.answer)}}
@@ -9574,12 +9580,14 @@ def server_sent_schema(schema: Json) -> Json:
 LAST_OF_OPENAI = {"type": "object", "required": ["data"], "properties": {"data": {"enum": ["[DONE]"]}}}
 
 
-def error_of(kinds: Sequence[Type[ClinvkError]], style: Type[Renderer], schemas: Schemas) -> Json:
-    """What comes back with one status that is an error."""
+def error_of(kinds: Sequence[Type[ClinvkError]], style: Type[Renderer], schemas: Schemas,
+             headers: Container[str]) -> Json:
+    """What comes back with one status that is an error; `headers` are those of an answer."""
     waits = {RateLimited, BackendUnavailable} & set(kinds)
     asked = {BackendFailed, TimedOut, BackendAuth, RateLimited, UnknownModel, StoreUnavailable} & set(kinds)
     told = [*(["Retry-After"] if waits else []), *(["WWW-Authenticate"] if Unauthorized in kinds else []),
-            *(["x-should-retry"] if asked else [])]
+            *(["x-should-retry"] if asked else []),
+            *(name for name in ("X-Clinvk-Start",) if asked and name in headers)]
     return {"description": " ".join(inspect.cleandoc(kind.__doc__ or "") for kind in kinds),
             "headers": header_objects(*OF_ALL, *told),
             "content": {style.error_type: {"schema": schemas.reference(style.error_shape)}}}

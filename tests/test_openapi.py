@@ -206,6 +206,35 @@ def test_a_session_has_the_shape_that_is_told(client: Client) -> None:
         assert not faults(client, told_for(client, method, "/api/v1/sessions/{id}", reply), reply.json)
 
 
+CHATS, RESPONSES = "/openai/v1/chat/completions", "/openai/v1/responses"
+CALL, RESULT = {"type": "function_call", "name": "f"}, {"type": "function_call_output", "output": "4711"}
+
+
+@needs_311
+@pytest.mark.parametrize("path, field, value, is_taken", [
+    (RESPONSES, "input", [{"role": "user", "content": "x"}], True), (RESPONSES, "input", "x", True),
+    (RESPONSES, "input", [{"role": "user", "content": "x", "type": None}], True), (RESPONSES, "input", " ", False),
+    (RESPONSES, "input", [{"role": "user", "content": [{"type": "input_text", "text": "x"}], "type": "message"}], True),
+    (RESPONSES, "input", [CALL], True), (RESPONSES, "input", [RESULT], True), (RESPONSES, "input", [], False),
+    (RESPONSES, "input", [{"type": "reasoning"}], False), (RESPONSES, "metadata", {"a": 1}, False),
+    (RESPONSES, "metadata", {"a": "1"}, True), (RESPONSES, "input", [{"role": "user", "content": " "}], False),
+    (CHATS, "messages", [{"role": "assistant", "function_call": {"name": "f"}}], True),
+    (CHATS, "messages", [{"role": "assistant", "content": None}], False)])
+def test_a_request_is_taken_if_the_document_allows_it(client: Client, path: str, field: str, value: Any,
+                                                      is_taken: bool) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    body = {"model": "echo", **({"input": "x"} if path == RESPONSES else {}), field: value}
+    told = operations(client)[f"POST {path}"]["requestBody"]["content"]["application/json"]["schema"]
+    whole = jsonschema.Draft202012Validator({**told, "components": document(client)["components"]})
+    assert (client.call("POST", path, body).status == 200, whole.is_valid(body)) == (is_taken, is_taken)
+
+
+def test_how_a_cli_came_to_be_there_is_told_of_errors_too(client: Client) -> None:
+    answers = operations(client)[f"POST {CHATS}"]["responses"]
+    assert {status for status, answer in answers.items() if "X-Clinvk-Start" in answer["headers"]} == {
+        "200", "401", "404", "429", "502", "503", "504"}
+
+
 # ---- schemathesis: what is told is taken, what is not is refused
 
 HOOKS = """
