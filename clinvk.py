@@ -6482,7 +6482,7 @@ class Told(NamedTuple):
 
 
 class TaskStop(Stop):
-    """The Stop of one run of several: it ends with the whole request, and when `halt` is set."""
+    """The Stop of one run of several: it ends with the whole request, and when `halt` is set. Its time is its own."""
 
     def __init__(self, whole: Stop, halt: threading.Event) -> None:
         super().__init__(closing=whole.closing)
@@ -6491,11 +6491,7 @@ class TaskStop(Stop):
     def error(self) -> Optional[ClinvkError]:
         if self.halt.is_set():
             return Canceled("canceled")
-        error = self.whole.error()
-        if isinstance(error, TimedOut):
-            return TimedOut(f"time is up for the request as a whole, after {self.whole.limit_secs:g} s. Allow more "
-                            "with server.request_timeout_secs in the config")
-        return error or super().error()
+        return self.whole.error() or super().error()
 
 
 StartTask = Callable[[int, TaskStop], Events]
@@ -6527,7 +6523,6 @@ def fan_out(count: int, start: StartTask, whole: Stop, *, workers: int, fail_fas
         for thread in crew:
             if thread.ident is not None:
                 thread.join()
-        whole.allow(math.inf)  # a client may take its time with what is left to read
 
 
 def work(to_do: queue.SimpleQueue[int], heard: queue.SimpleQueue[Told], start: StartTask, whole: Stop,
@@ -6566,17 +6561,14 @@ def one_task(task: int, start: StartTask, stop: TaskStop) -> Events:
 def in_turn(count: int, start: StartTask, whole: Stop, *, stop_on_failure: bool) -> Tolds:
     """Run `count` steps one after the other; with `stop_on_failure` those after a failed one are not run."""
     never = threading.Event()
-    try:
-        for step in range(count):
-            failed = False
-            with contextlib.closing(one_task(step, start, TaskStop(whole, never))) as events:
-                for event in events:
-                    failed = failed or isinstance(event, Failure)
-                    yield Told(step, event)
-            if failed and stop_on_failure:
-                return
-    finally:
-        whole.allow(math.inf)
+    for step in range(count):
+        failed = False
+        with contextlib.closing(one_task(step, start, TaskStop(whole, never))) as events:
+            for event in events:
+                failed = failed or isinstance(event, Failure)
+                yield Told(step, event)
+        if failed and stop_on_failure:
+            return
 
 
 # ==== Answers =====================================================================================
@@ -8969,7 +8961,6 @@ def checked(server: Server, call: Call, tasks: Sequence[Placed]) -> List[Native]
         raise others[0]
     if not all(is_dry(task, server.config) for task, _ in tasks):
         server.slots.admit()
-    call.stop.allow(server.config.server.request_timeout_secs)
     return natives
 
 
@@ -9053,7 +9044,6 @@ def started_runs(server: Server, call: Call, prompts: List[PromptRequest]) -> Tu
         return start(prompts[index], stop, ran=call.ran, admitted=True).events
     if not is_dry(prompts[0], server.config):
         server.slots.admit()
-    call.stop.allow(server.config.server.request_timeout_secs)
     return first, fan_out(len(prompts), start_one, call.stop, workers=min(len(prompts), server.slots.limit),
                           fail_fast=True)
 

@@ -127,11 +127,14 @@ def test_a_fan_out_that_finds_the_line_full_is_a_503(make_client: Callable[..., 
         assert client.call("POST", f"/api/v1/{path}", body).status == 503
 
 
-def test_the_time_of_the_whole_request_is_limited(logged: Callable[..., Logged]) -> None:
-    it = logged(request_timeout_secs=1)
-    reply = it.server.call("POST", "/api/v1/parallel", {"tasks": [task("sleep", backend="it")] * 4, "max_parallel": 2})
-    assert [result["exit_code"] for result in reply.json["results"]] == [-1] * 4
-    assert all("time is up" in result["error"] for result in reply.json["results"])
+def test_each_run_has_the_whole_time_of_a_run(logged: Callable[..., Logged]) -> None:
+    it = logged(request_timeout_secs=5)
+    tasks = [task("sleep", backend="it", timeout_secs=1), task("sleep", backend="it"), task("a", backend="it")]
+    for path, body in (("parallel", {"tasks": tasks, "max_parallel": 1}), ("chain", {"steps": tasks})):
+        results = it.server.call("POST", f"/api/v1/{path}", body).json["results"]
+        assert [result["exit_code"] for result in results] == [-1, -1, 0]
+        assert [str(result.get("error"))[:46] for result in results] == [
+            "time is up: the run was ended after 1 s. Allow", "time is up: the run was ended after 5 s. Allow", "None"]
     eventually(it.nothing_runs)
 
 
