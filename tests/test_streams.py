@@ -133,7 +133,7 @@ def test_a_stream_is_what_strict_clients_demand_and_says_what_a_whole_answer_say
     assert (heard.text, heard.thoughts, heard.refusal) == said_by(events, api)
     failures = [event for event in events if isinstance(event, Failure)]
     if failures:
-        assert heard.failed == failures[0].error.whole and heard.reason is None
+        assert heard.failed == failures[0].error.full_message and heard.reason is None
     else:
         assert [heard] == api.whole(events, characters=characters)
         refused = any(isinstance(event, Refusal) for event in events)
