@@ -1598,6 +1598,16 @@ def backend_of(model: str, config: Config) -> Tuple[str, Optional[str]]:
                        "gpt-... or gemini-...")
 
 
+def refuse_aliases(config: Config) -> None:
+    """Raises ConfigError if an alias leads to no model, but perhaps to another alias."""
+    bare = dataclasses.replace(config, server=dataclasses.replace(config.server, model_aliases={}))
+    for alias, model in config.server.model_aliases.items():
+        try:
+            backend_of(model, bare)
+        except UnknownModel as error:
+            raise ConfigError(f"{config.file}: server.model_aliases.{alias}: {error}") from None
+
+
 # ---- Conversations: many turns as one prompt
 
 class Piece(NamedTuple):
@@ -1828,6 +1838,7 @@ class Compat(Open):
     clinvk: Optional[AgentOptions]
     unknown: Tuple[str, ...]
     PROMPT_AT: ClassVar[str] = "messages"  # the field that its prompt is in
+    CALLED: ClassVar[Mapping[str, str]] = {}  # the fields of a PromptRequest that have another name
 
     @property
     def stops(self) -> List[str]:
@@ -1841,6 +1852,11 @@ class Compat(Open):
     def ignored(self) -> List[str]:
         """The fields that are without effect, whatever the backend."""
         return list(self.unknown)
+
+    def called(self, name: str) -> str:
+        """What this API calls a field of a PromptRequest; in `clinvk` it has its own name."""
+        is_own = self.clinvk and getattr(self.clinvk, name, None) not in (None, "")
+        return name if is_own else self.CALLED.get(name, name)
 
     def prompt_request(self, config: Config, turns: List[Turn], system_prompt: Optional[str],
                        **fields: Any) -> PromptRequest:
@@ -2046,6 +2062,9 @@ class ChatRequest(Chat):
                                 max_tokens=self.max_completion_tokens or self.max_tokens)
         return [one] * self.n
 
+    def called(self, name: str) -> str:
+        return "max_completion_tokens" if name == "max_tokens" and self.max_completion_tokens else super().called(name)
+
 
 # ---- OpenAI: completions
 
@@ -2214,6 +2233,8 @@ class ResponsesRequest(Chat):
     """A response, of which nothing is stored. Fields that are not here are accepted, and named in the answer's header
     X-Clinvk-Ignored."""
     PROMPT_AT: ClassVar[str] = "input"
+    CALLED = {"max_tokens": "max_output_tokens", "reasoning_effort": "reasoning.effort",
+              "system_prompt": "instructions"}
     model: str = param(not_empty=True, doc=MODEL_DOC)
     input: Union[str, List[Item]] = param(not_empty=True, free_text=True, doc="The whole conversation; the last turn "
                                           "of the user is the one to answer.")
@@ -2439,6 +2460,7 @@ class OutputConfigParam(Open):
 @dataclass(frozen=True)
 class MessagesRequest(Chat):
     """A message. Fields that are not here are accepted, and named in the answer's header X-Clinvk-Ignored."""
+    CALLED = {"reasoning_effort": "output_config.effort", "system_prompt": "system"}
     model: str = param(not_empty=True, doc="As in a chat completion.")
     messages: List[MessageParam] = param(not_empty=True, doc="The conversation; the first turn is the user's.")
     max_tokens: int = param(minimum=1, doc="Of the answer, where the CLI can.")
@@ -4730,8 +4752,11 @@ class Slots:
             self.admitted |= {ticket} if admitted else set()
         try:
             yield from wait_for(ticket, stop)
-        except BaseException:
+        except BaseException as error:
             self.leave(ticket)
+            if isinstance(error, TimedOut):
+                error.args = (f"time is up: {self.limit} runs were going on for {stop.limit_secs:g} s, and this one "
+                              "could not begin. Allow more with timeout_secs, or with server.max_concurrent_runs",)
             raise
 
     def admit(self) -> None:
@@ -5925,9 +5950,12 @@ def told_schema(request: Settled, backend: Backend) -> Settled:
     return dataclasses.replace(request, schema=None, system_prompt=system_prompt)
 
 
+JSON_BEGINS = re.compile(r"""\s*(?:[{[]|```|(?:true|false|null|-?\d[\d.eE+-]*|".*")\s*\Z)""", re.DOTALL)
+
+
 def refusal_for(text: str, wrong: str) -> str:
     """An answer in words says itself why it is no JSON."""
-    in_words = text.strip() and not text.lstrip().startswith(("{", "[", "```"))
+    in_words = text.strip() and not JSON_BEGINS.match(text)
     return text if in_words else f"The answer does not fit the JSON Schema ({wrong}). It was: {text}"
 
 
@@ -8016,8 +8044,9 @@ def check_origin(config: Config, head: Head) -> None:
                             "scripts may, with fetch and CORS, if server.cors_allowed_origins has its origin")
     elif not allows_origin(config, head):
         origin = head.get("Origin")
-        raise Forbidden(f'the Origin "{origin}" is not allowed: a web page must not drive the CLIs. If this one may, '
-                        f'set server.cors_allowed_origins: ["{origin}"]')
+        raise Forbidden(f'the Origin "{origin}" is not allowed: a web page must not drive the CLIs. '
+                        + (f'If this one may, set server.cors_allowed_origins: ["{origin}"]' if ORIGIN.fullmatch(origin)
+                           else "It is none that could be allowed: serve the page over http, and allow that"))
 
 
 APP_SCHEMES = ("app", "tauri", "vscode-webview", "vscode-file")  # no web page can have them
@@ -8399,13 +8428,14 @@ DAY = 86400.0  # seconds
 
 
 class Server:
-    """What all requests share. Threads: every method may be called from any."""
+    """What all requests share; ConfigError if it can not be. Threads: every method may be called from any."""
     LOOKED_UP = 30.0  # seconds for which a PATH look-up holds
     VERSION_SECS = 30.0  # for a CLI to say its version
     FORGET_SECS = 20.0  # for a CLI to delete a conversation
     KEYS_SECS = 300.0
 
     def __init__(self, config: Config) -> None:
+        refuse_aliases(config)
         self.config = config
         self.began = time.time()
         self.closing = threading.Event()
@@ -8826,7 +8856,10 @@ def shown_as(told: Tolds, shown: Several, *, stream: bool) -> Answer:
        headers=("X-Clinvk-Start",), example={"backend": "echo", "prompt": "hello", "ephemeral": True})
 def prompt(server: Server, call: Call) -> Answer:
     """Run one prompt on one backend. A run that fails is an answer, too: its exit_code is not 0."""
-    started = server.start(call.body, call.stop, at="body", prompt_at="body.prompt", ran=call.ran)
+    try:
+        started = server.start(call.body, call.stop, at="body", prompt_at="body.prompt", ran=call.ran)
+    except UnknownModel as error:
+        raise placed(error, "body") from None
     asked = Asked(started.request.model, len(started.request.prompt), request_id=call.request_id)
     renderer = Native(asked, started.request.backend, started.ignored, started.session_id)
     if started.request.streams:
@@ -8955,13 +8988,18 @@ def checked(server: Server, call: Call, tasks: Sequence[Placed]) -> List[Native]
             raise
         except ClinvkError as error:
             error.args = (f"{at}: {error}",)
-            error.problems = [p._replace(location=f"{at}.{p.location}") for p in error.problems]
-            others.append(error)
+            others.append(placed(error, at))
     if others:
         raise others[0]
     if not all(is_dry(task, server.config) for task, _ in tasks):
         server.slots.admit()
     return natives
+
+
+def placed(error: ClinvkError, at: str) -> ClinvkError:
+    """`error`, whose fields stand in the body at `at`."""
+    error.problems = [problem._replace(location=f"{at}.{problem.location}") for problem in error.problems]
+    return error
 
 
 def start_task(server: Server, placed: Placed, stop: Stop, ran: List[Ran]) -> Started:
@@ -9021,7 +9059,7 @@ def compat(server: Server, call: Call, renderer_for: Callable[[Asked], Renderer]
     characters = sum(one.characters for one in prompts) // len(prompts)
     renderer = renderer_for(Asked(request.model, characters, call.request_id, answers=len(prompts)))
     headers = {"X-Clinvk-Backend": first.request.backend, "X-Clinvk-Model": first.request.model,
-               "X-Clinvk-Ignored": ", ".join([*request.ignored(), *first.ignored])}
+               "X-Clinvk-Ignored": ", ".join([*request.ignored(), *map(request.called, first.ignored)])}
     headers = {name: re.sub(r"[^A-Za-z0-9_.,:/ @-]", "?", text)[:4000] for name, text in headers.items() if text}
     if request.stream:
         shown = never_silent(told, renderer.shown)

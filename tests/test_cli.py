@@ -338,6 +338,13 @@ def test_a_config_that_is_not_utf8_or_not_there_or_a_folder_is_refused(call: Cal
         assert str(tmp_path / name) in refusal(call("serve", CLINVK_CONFIG=str(tmp_path / name)))
 
 
+@pytest.mark.parametrize("model", ["nope", "b", ""])
+def test_an_alias_that_leads_to_no_model_is_refused(call: Call, tmp_path: Path, model: str) -> None:
+    (tmp_path / "my.yaml").write_text(json.dumps({"server": {"model_aliases": {"a": model, "b": "echo/x"}}}))
+    line = refusal(call("serve", "--port", 0, "--config", tmp_path / "my.yaml"))
+    assert f"{tmp_path / 'my.yaml'}: server.model_aliases.a: no backend goes by the model name \"{model}\"" in line
+
+
 def test_a_config_without_a_name_is_refused(call: Call) -> None:
     assert "--config: names no file" in refusal(call("serve", "--config", ""))
 

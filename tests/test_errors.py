@@ -140,7 +140,31 @@ def test_the_compat_apis_take_unknown_fields_and_name_them(client: Client, path:
     assert (reply.status, named - {"max_tokens"}) == (200, set(fields))
 
 
+@pytest.mark.parametrize("path, fields, named", [
+    (OPENAI, {"max_tokens": 5}, "max_tokens"), (OPENAI, {"max_completion_tokens": 5}, "max_completion_tokens"),
+    (OPENAI, {"reasoning_effort": "low"}, "reasoning_effort"),
+    (RESPONSES, {"max_output_tokens": 5}, "max_output_tokens"),
+    (RESPONSES, {"reasoning": {"effort": "low"}}, "reasoning.effort"),
+    (ANTHROPIC, {"system": "s"}, "max_tokens, system"), (RESPONSES, {"clinvk": {"max_tokens": 5}}, "max_tokens"),
+    (ANTHROPIC, {"output_config": {"effort": "low"}}, "max_tokens, output_config.effort"),
+    (ANTHROPIC, {"thinking": {"type": "enabled", "budget_tokens": 1024}}, "max_tokens, thinking")])
+def test_what_a_backend_can_not_do_is_called_what_the_request_calls_it(client: Client, path: str, fields: Any,
+                                                                       named: str) -> None:
+    body = {"model": "echo", "input": "hi", **fields} if path == RESPONSES else {**BODIES[path], **fields}
+    assert client.call("POST", path, body).headers["x-clinvk-ignored"] == named
+
+
 # ---- Backends
+
+@pytest.mark.parametrize("path, body, place", [
+    ("/api/v1/prompt", {"backend": "claude", "prompt": "p", "model": "fast"}, "body.model"),
+    ("/api/v1/parallel", {"tasks": [{"backend": "claude", "prompt": "p", "model": "fast"}]}, "body.tasks[0].model"),
+    ("/api/v1/compare", {"backends": ["claude"], "prompt": "p", "model": "fast"}, "body.model")])
+def test_an_alias_that_is_not_set_is_told_by_its_place(make_client: MakeClient, path: str, body: Any,
+                                                       place: str) -> None:
+    reply = make_client({"backends": {"claude": {"command": "cat"}}}).call("POST", path, body)
+    assert (reply.status, [error["location"] for error in reply.json["errors"]]) == (422, [place])
+
 
 @pytest.mark.parametrize("name, near", [("cluade", "claude"), ("ehco", "echo"), ("zzz", "")])
 @each_api

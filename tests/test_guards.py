@@ -78,7 +78,7 @@ STRANGERS: Dict[str, Tuple[Dict[str, str], int, str]] = {
     "another Host": ({"Host": "evil.example"}, 403, "server.allowed_hosts"),
     "no Host": ({"Host": ""}, 403, "server.allowed_hosts"),
     "a foreign Origin": ({"Origin": "https://evil.example"}, 403, 'cors_allowed_origins: ["https://evil.example"]'),
-    "the Origin of a file": ({"Origin": "null"}, 403, "Origin"),
+    "the Origin of a file": ({"Origin": "null"}, 403, "none that could be allowed"),
     "another local port": ({"Origin": "http://localhost:3000"}, 403, 'cors_allowed_origins: ["http://localhost:3000"]')}
 KEYLESS: Dict[str, Dict[str, str]] = {
     "no key": {}, "an empty key": {"X_Api_Key": ""}, "a wrong key": {"X_Api_Key": "the-wrong-key"},

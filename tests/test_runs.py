@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import clinvk
 import pytest
-from conftest import Client, Reply, Served, alive, children_of, eventually
+from conftest import Client, Reply, Served, alive, children_of, eventually, fault, shape
 
 APIS = ["native", "openai", "anthropic"]
 SOME_WAYS = [("native", False), ("native", True), ("openai", True), ("anthropic", False)]  # API, stream
@@ -554,7 +554,9 @@ def test_time_that_is_up_in_the_line_is_a_504_however_long_that_was(
     for path, body in (("/api/v1/prompt", {"backend": "echo", "prompt": "p", "timeout_secs": 1}),
                        ("/v1/messages", {"model": "echo", "max_tokens": 1, "clinvk": {"timeout_secs": 1},
                                          "messages": [{"role": "user", "content": "p"}]})):
-        assert client.call("POST", path, body).status == 504
+        reply = client.call("POST", path, body)
+        assert reply.status == 504
+        assert "1 runs were going on for 1 s, and this one could not begin" in fault(reply, shape(path))
     streamed = client.call("POST", "/api/v1/prompt", {"backend": "echo", "prompt": "p", "timeout_secs": 5,
                                                       "output_format": "stream-json"})  # in which it has begun
     first, *_, error, done = streamed.lines

@@ -179,8 +179,10 @@ def test_a_session_has_what_its_cli_says(make_client: Callable[..., Client], scr
                                       "reasoning_tokens": 0}
 
 
-def test_the_model_that_was_asked_for_is_the_sessions(client: Client) -> None:
-    assert shown(client, begin(client, model="small"))["model"] == "small"
+def test_the_model_that_was_asked_for_is_the_sessions(make_client: Callable[..., Client],
+                                                      scripted: Dict[str, Any]) -> None:
+    client = make_client(scripted)
+    assert shown(client, begin(client, backend="claude", model="small"))["model"] == "small"
 
 
 @pytest.mark.parametrize("prompt, title", [
