@@ -3084,6 +3084,8 @@ def without_secret_values(argv: Sequence[str]) -> List[str]:
         secret, is_flag = bool(SECRET.search(word)), word.startswith("-")
         if hides and not word.startswith("--"):
             shown.append("<secret>")
+        elif SECRET_VALUE.search(word):
+            shown.append(f"{name}=<secret>" if assigned and re.fullmatch(r"[\w.-]+", name) else "<secret>")
         elif secret and assigned and re.fullmatch(r"[\w.-]+", name):
             shown.append(f"{name}=<secret>")
         else:
@@ -4121,7 +4123,8 @@ class Gemini(JsonRpc):
     ALIASES = frozenset({"auto", "pro", "flash", "flash-lite"})
     REPLAY_SILENCE = 3.0  # seconds
     MODEL = "flash"  # of the model way, if none is said: "auto" asks the provider first which one to take
-    COMMANDS = re.compile(r"\s*[/$]\s*(memory|extensions|init|restore|about|help)(\s|$)")
+    # JavaScript's blanks: those of Python, and U+FEFF.
+    COMMANDS = re.compile("[\\s\ufeff]*[/$][\\s\ufeff]*(memory|extensions|init|restore|about|help)([\\s\ufeff]|$)")
     LINKED = ("oauth_creds.json", "google_accounts.json", "gemini-credentials.json", "installation_id", ".env")
     ISOLATED: ClassVar[Json] = {
         "privacy": {"usageStatisticsEnabled": False},
@@ -4129,7 +4132,9 @@ class Gemini(JsonRpc):
                     "plan": {"enabled": False}, "maxAttempts": 1},
         "advanced": {"ignoreLocalEnv": True}, "tools": {"core": ["none"]}, "skills": {"enabled": False},
         "hooksConfig": {"enabled": False}, "experimental": {"enableAgents": False},
-        "context": {"includeDirectoryTree": False}, "model": {"disableLoopDetection": True}}
+        # Without markers no GEMINI.md of a directory above is looked for, which a repository might hold.
+        "context": {"includeDirectoryTree": False, "memoryBoundaryMarkers": []},
+        "model": {"disableLoopDetection": True}}
 
     def __init__(self, cli: Installed) -> None:
         super().__init__(cli)
@@ -4183,7 +4188,8 @@ class Gemini(JsonRpc):
         if request.isolated:
             argv += ["-e", "none"]
             env.update(GEMINI_CLI_HOME=str(self.scratch), GEMINI_SYSTEM_MD=str(self.scratch / "system.md"),
-                       TMPDIR=str(self.scratch))
+                       TMPDIR=str(self.scratch), GEMINI_CLI_SYSTEM_SETTINGS_PATH=str(self.scratch / "none"),
+                       GEMINI_CLI_SYSTEM_DEFAULTS_PATH=str(self.scratch / "none"))  # those have hooks and servers, too
             self.furnish(self.scratch, users)
             self.write_system_prompt(request)
             self.write_settings(request)
@@ -8229,10 +8235,11 @@ def within(path: str, prefix: str) -> bool:
     return any(os.path.samestat(os.stat(place), there) for place in (Path(path), *Path(path).parents))
 
 
-def check_flags(extra: List[str], allowed: Mapping[str, bool], backend: str) -> None:
-    """`allowed` says of each flag whether a value follows it. Raises Forbidden for any other, and for stray words."""
+def check_flags(extra: List[str], allowed: Mapping[str, Optional[bool]], backend: str) -> None:
+    """`allowed` says of each flag whether a value follows it; None: nobody knows. Raises Forbidden for any other, for
+    stray words, and for a value that is missing: the next flag would be taken for it, and the next value for a word."""
     value_may_follow = False
-    for item in extra:
+    for item, following in zip(extra, [*extra[1:], "-"]):
         flag, assigned, _ = item.partition("=")
         if not item.startswith("-"):
             if not value_may_follow:
@@ -8243,7 +8250,9 @@ def check_flags(extra: List[str], allowed: Mapping[str, bool], backend: str) -> 
             raise Forbidden(f"extra: {flag} is not allowed for {backend} (allowed: {known}); "
                             f"backends.{backend}.allowed_extra_flags can allow it")
         else:
-            value_may_follow = allowed[flag] and not assigned
+            value_may_follow = allowed[flag] is not False and not assigned
+            if value_may_follow and allowed[flag] and following.startswith("-"):
+                raise Forbidden(f"extra: {flag} needs a value")
 
 
 def with_values_attached(extra: List[str], flags: Container[str]) -> List[str]:
@@ -8530,7 +8539,7 @@ class Server:
 
     def settled(self, asked: PromptRequest, backend: Backend, at: str) -> Settled:
         """With nothing left open; its flags and its directory are allowed."""
-        own_flags = dict.fromkeys(self.config.backends[asked.backend].allowed_extra_flags, True)
+        own_flags = dict.fromkeys(self.config.backends[asked.backend].allowed_extra_flags)
         check_flags(asked.extra, {**backend.extra_flags, **own_flags}, asked.backend)
         if backend.has_subcommands:
             asked = dataclasses.replace(asked, extra=with_values_attached(asked.extra, own_flags))

@@ -1315,7 +1315,8 @@ def test_a_turn_of_codex_has_its_own_sandbox_not_that_of_a_turn_before_it(
 @pytest.mark.parametrize("flags, shown", [
     (["-c", "model_providers.x.api_key=s3cret-one"], "-c 'model_providers.x.api_key=<secret>'"),
     (["--api-key", "s3cret-two", "--debug"], "--api-key '<secret>' --debug"),
-    (["--token=s3cret-three"], "'--token=<secret>'"),
+    (["--token=s3cret-three"], "'--token=<secret>'"), (["-H", "Bearer s3cret"], "-H '<secret>'"),
+    (["--proxy=http://me:s3cret@proxy"], "'--proxy=<secret>'"),
     (["--settings", '{"env":{"ANTHROPIC_AUTH_TOKEN":"s3cret"}}'], "--settings '<secret>' -p"),
     (["-c", 'p.http_headers={"X-Api-Key"="s3cret"}'], "-c 'p.http_headers=<secret>'"),
     (["-H", "X-Api-Key: s3cret"], "-H '<secret>'"), (["--api-key", "-s3cret"], "--api-key '<secret>'"),
@@ -1405,6 +1406,7 @@ MILLION = clinvk.Codex.LONGEST
     ("claude", "-x", ""), ("codex", "help", ""), ("codex", "x" * MILLION, ""),
     ("codex", "x" * (MILLION + 1), "1048576"), ("claude", "x" * (MILLION + 1), ""), ("gemini", "/help", "/help"),
     ("gemini", "/about me", "/about"), ("gemini", "  /memory show", "/memory"), ("gemini", "$ restore", "/restore"),
+    ("gemini", "\ufeff/init", "/init"), ("gemini", "/\ufeffinit", "/init"), ("gemini", "/init\ufeff", "/init"),
     ("gemini", "/init\nnow", "/init"), ("gemini", "/extensions", "/extensions"), ("gemini", "/helpful", ""),
     ("gemini", "/cost", ""), ("gemini", "see /help", ""), ("gemini", "@file", "")])
 def test_prompts_that_a_cli_can_not_be_given_are_refused_with_the_reason(name: str, prompt: str, reason: str,
@@ -1452,6 +1454,7 @@ def test_the_model_way_of_gemini_sees_the_login_our_settings_and_nothing_else(tm
     assert settings["tools"] == {"core": ["none"]} and settings["hooksConfig"] == {"enabled": False}
     assert "mcpServers" not in settings
     assert command.env["GEMINI_SYSTEM_MD"] == str(home / "system.md")
+    assert not any(Path(command.env[f"GEMINI_CLI_SYSTEM_{kind}_PATH"]).exists() for kind in ("SETTINGS", "DEFAULTS"))
     assert (home / "system.md").read_text() == "Be brief."
     assert (home.stat().st_mode & 0o777, (home / ".gemini").stat().st_mode & 0o777) == (0o700, 0o700)
 

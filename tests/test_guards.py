@@ -740,20 +740,21 @@ def test_a_refused_workdir_is_an_error_of_each_api(client: Client, path: str, wo
 
 # ---- Flags
 
-ALLOWED = {"--level": True, "--fast": False, "-d": False}
+ALLOWED = {"--level": True, "--fast": False, "-d": False, "--own": None}  # nobody knows whether a value follows that
 
 
 @pytest.mark.parametrize("extra", [
     [], ["--fast"], ["--level", "3"], ["--level=3"], ["--level=a b"], ["--fast", "--level", "x", "-d"],
-    ["--level", "--fast"], ["-d", "-d"]])
+    ["--own", "--fast"], ["--own", "x", "--own=y", "--own"], ["-d", "-d"]])
 def test_listed_flags_may_be_passed(extra: List[str]) -> None:
     clinvk.check_flags(extra, ALLOWED, "tool")
 
 
 @pytest.mark.parametrize("extra, named", [
     (["--model", "x"], "--model"), (["--model=x"], "--model"), (["--fast", "x"], '"x"'), (["x"], '"x"'), ([""], '""'),
-    (["--level", "3", "4"], '"4"'), (["--level=3", "4"], '"4"'), (["--level", "--model"], "--model"), (["--"], "--"),
-    (["-"], "-"), (["--fastest"], "--fastest"), (["--fas"], "--fas"), (["-dx"], "-dx"), (["--level", "-1"], "-1"),
+    (["--level", "3", "4"], '"4"'), (["--level=3", "4"], '"4"'), (["--level", "--model"], "--level"), (["--"], "--"),
+    (["-"], "-"), (["--fastest"], "--fastest"), (["--fas"], "--fas"), (["-dx"], "-dx"), (["--level", "-1"], "--level"),
+    (["--level", "--level", "x"], "--level needs a value"), (["--fast", "--level"], "--level needs a value"),
     (["--FAST"], "--FAST"), (["--fast --model"], "--fast --model")])
 def test_any_other_flag_or_word_is_refused_by_name(extra: List[str], named: str) -> None:
     with pytest.raises(clinvk.Forbidden) as caught:
@@ -762,7 +763,7 @@ def test_any_other_flag_or_word_is_refused_by_name(extra: List[str], named: str)
 
 
 def test_a_refused_flag_is_told_what_is_allowed_and_how_to_allow_it() -> None:
-    with pytest.raises(clinvk.Forbidden, match=r"--fast, --level, -d.*backends\.tool\.allowed_extra_flags"):
+    with pytest.raises(clinvk.Forbidden, match=r"--fast, --level, --own, -d.*backends\.tool\.allowed_extra_flags"):
         clinvk.check_flags(["--model"], ALLOWED, "tool")
 
 
@@ -807,7 +808,8 @@ PASSED: List[Tuple[str, List[str]]] = [
 # in one word, capitals, a path into an option, what the server decides.
 REFUSED: List[Tuple[str, List[str], str]] = [
     *(("claude", extra, named) for extra, named in [
-        (["--effort", "-1"], "-1"), (["--effort", "--model"], "--model"), (["--betas", "x", "y"], '"y"'),
+        (["--effort", "-1"], "--effort needs"), (["--effort", "--model"], "--effort"), (["--betas", "x", "y"], '"y"'),
+        (["--effort", "--betas", "mcp"], "--effort needs"), (["--betas"], "--betas needs"),
         (["--effort=high", "x"], '"x"'), (["--exclude-dynamic-system-prompt-sections", "x"], '"x"'), (["x"], '"x"'),
         (["--eff", "high"], "--eff"), (["--effor=high"], "--effor"), (["--disallowed"], "--disallowed"),
         (["--dangerously-skip"], "--dangerously-skip"), (["-dp"], "-dp"), (["-cr"], "-cr"), (["-p=x"], "-p"),

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import stat
+import subprocess
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple
@@ -373,7 +374,7 @@ def test_an_answer_in_prose_is_asked_for_once_more_and_then_refused(cli: Cli) ->
 # ---- The operator's own files
 
 def plant(home: Path, workdir: Path, started: Path) -> None:
-    """Memory files in both places, and MCP servers and hooks that leave a file in `started`."""
+    """Memory files in both places, which are repositories, and MCP servers and hooks that leave a file in `started`."""
     server = executable(started.with_name("server"), 'touch "$1"')
     started.mkdir()
     for place, at in (("home", home), ("project", workdir)):
@@ -383,9 +384,9 @@ def plant(home: Path, workdir: Path, started: Path) -> None:
                            "BeforeAgent": [{"hooks": [hook]}]}}
         for name in (".claude", ".codex", ".gemini"):
             (at / name).mkdir(parents=True, exist_ok=True)
-        memory = (".claude/CLAUDE.md", ".codex/AGENTS.md", ".gemini/GEMINI.md") if place == "home" else (
-            "CLAUDE.md", "AGENTS.md", "GEMINI.md")
-        for name in memory:
+        subprocess.run(["git", "init", "--quiet", str(at)], check=True)
+        memory = (".claude/CLAUDE.md", ".codex/AGENTS.md", ".gemini/GEMINI.md") if place == "home" else ()
+        for name in (*memory, "CLAUDE.md", "AGENTS.md", "GEMINI.md"):
             (at / name).write_text(f"planted in {place}\n")
         (at / (".claude.json" if place == "home" else ".mcp.json")).write_text(json.dumps(mcp))
         (at / ".claude" / "settings.json").write_text(json.dumps(hooks))

@@ -24,7 +24,7 @@ from labkit import KEY, Cli, Lab, texts, user
 
 pytestmark = pytest.mark.lab
 Json = Dict[str, Any]
-NAMES = ["claude", "codex", "gemini", "claude 2.1.331"]
+NAMES = ["claude", "codex", "gemini"]
 WAITING: Json = {"server": {"spares": 1, "live_conversations": 1}}
 OTHERS = {"claude": "claude-haiku-4-5", "codex": "stub-other", "gemini": "gemini-2.5-pro"}
 
