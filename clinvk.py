@@ -86,6 +86,7 @@ import waitress.channel
 import waitress.parser
 import waitress.server
 import waitress.task
+import waitress.wasyncore
 import yaml
 
 try:
@@ -852,15 +853,20 @@ def is_multiple(value: float, factor: float) -> bool:
     return fractions.Fraction(repr(value)) % fractions.Fraction(repr(factor)) == 0
 
 
+# What in a pattern is no operator: an escape, or a set of characters, which without an end goes on to the very end; so
+# each character is looked at once.
+LITERAL = r"\\.|\[(?:\\.|[^]\\])*(?:\]|\Z)"
+
+
 @functools.lru_cache(maxsize=1000)
 def expression(text: str) -> Pattern[str]:
     """A pattern, whose `$` is the very end as in JSON Schema: Python's own also fits before a last newline."""
-    return re.compile(re.sub(r"(\\.|\[(?:\\.|[^]\\])*\])|\$", lambda found: found[1] or r"\Z", text, flags=re.DOTALL))
+    return re.compile(re.sub(rf"({LITERAL})|\$", lambda found: found[1] or r"\Z", text, flags=re.DOTALL))
 
 
 def is_quick(pattern: str, text: str) -> bool:
     """Whether looking for it can not take long: no groups, and not two quantifiers that share the text out."""
-    bare = re.sub(r"\\.|\[(?:\\.|[^]\\])*\]", "", pattern, flags=re.DOTALL)
+    bare = re.sub(LITERAL, "", pattern, flags=re.DOTALL)
     return len(text) <= 10_000 and "(" not in bare and len(re.findall(r"[*+?]|\{\d*,", bare)) < 2
 
 
@@ -2779,10 +2785,10 @@ def scratch_directory(config: Config) -> Path:
 
 
 def sweep(config: Config) -> None:
-    """Remove the scratch directories of servers that were killed."""
+    """Remove the scratch directories of servers that were killed; to be called before there are any of our own."""
     for directory in (config.home / "runs").glob("*-*"):
         owner = directory.name.partition("-")[0]
-        if owner.isdigit() and not is_alive(int(owner)):
+        if owner.isdigit() and (int(owner) == os.getpid() or not is_alive(int(owner))):  # in a container, ours again
             shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -3827,9 +3833,7 @@ class Codex(JsonRpc):
         """What a new thread would get in that directory."""
         asked = {"includeLayers": False, "cwd": request.workdir}
         config = self.answer_to("config/read", asked, request.workdir, output_of)["config"]
-        here = Path(request.workdir)
-        repositories = [str(place) for place in (here, *here.parents) if (place / ".git").exists()]
-        known = {request.workdir, *repositories[:1]} & set(config.get("projects") or {})
+        known = set(self.projects(request.workdir)) & set(config.get("projects") or {})
         return config.get("sandbox_mode") or ("workspace-write" if known else "read-only")
 
     def user_settings(self, request: Settled, output_of: OutputOf) -> Json:
@@ -3911,11 +3915,18 @@ class Codex(JsonRpc):
         return thread
 
     def trusts(self, workdir: str) -> bool:
-        """Whether the user's config says something of this directory, or of one above it."""
+        """Whether the user's config says something of this directory, or of the repository it is in."""
         with contextlib.suppress(OSError):
             text = (self.user_home / "config.toml").read_text(encoding="utf-8", errors="replace")
-            return any(json.dumps(str(place)) in text for place in (Path(workdir), *Path(workdir).parents))
+            names = [name for place in self.projects(workdir) for name in (json.dumps(place), f"'{place}'")]
+            return any(f"projects.{name}" in text for name in names)
         return False
+
+    @staticmethod
+    def projects(workdir: str) -> List[str]:
+        """What codex goes by: the directory, and the root of its repository, if it is in one."""
+        here = Path(workdir)
+        return [workdir, *[str(place) for place in (here, *here.parents) if (place / ".git").exists()][:1]]
 
     def thread_started(self, request: Settled, reply: Json, mouth: Mouth) -> Iterator[Event]:
         self.thread_id = reply["thread"]["id"]
@@ -4732,16 +4743,17 @@ class Stop:
 
 
 class Slots:
-    """At most `limit` runs at once; up to `places` more wait, and start in the order in which they came. The runs of a
-    request that is `admitted` as a whole wait, too, but take no place. Each waits with a ticket, which is set when a
-    slot is its own."""
+    """At most `limit` runs at once; up to `places` more wait, and start in the order in which they came. A request that
+    is `admitted` with several runs takes at most one place, until all of them are over; the runs take none when they
+    wait. Each run waits with a ticket, which is set when a slot is its own."""
 
     def __init__(self, limit: int, places: int) -> None:
         self.limit, self.places = limit, places
         self.active = 0
         self.waiting: Deque[threading.Event] = collections.deque()
         self.admitted: Set[threading.Event] = set()  # those of `waiting` that take no place
-        self.changed = threading.Condition()  # guards active, waiting and admitted
+        self.several = 0  # requests with several runs that are not over
+        self.changed = threading.Condition()  # guards active, waiting, admitted and several
 
     def take(self, stop: Stop, *, admitted: bool = False) -> Iterator[Progress]:
         """Returns when a slot is ours; until then a Progress per SILENCE. Raises BackendUnavailable if the line is
@@ -4765,14 +4777,21 @@ class Slots:
                               "could not begin. Allow more with timeout_secs, or with server.max_concurrent_runs",)
             raise
 
-    def admit(self) -> None:
+    @contextlib.contextmanager
+    def admitting(self) -> Iterator[None]:
         """Let a request in whose runs then wait for their slots however long the line is; or raise."""
         with self.changed:
-            if self.active >= self.limit:
+            if max(self.active, self.several) >= self.limit:
                 self.check_places_locked()
+            self.several += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.several -= 1
 
     def check_places_locked(self) -> None:
-        taken = len(self.waiting) - len(self.admitted)
+        taken = len(self.waiting) - len(self.admitted) + max(0, self.several - self.limit)
         if taken >= self.places:
             raise BackendUnavailable(f"{self.active} runs are going on and {taken} requests wait: try again later, or "
                                      "raise server.max_concurrent_runs or server.max_waiting_runs", retry_after=5)
@@ -4896,20 +4915,19 @@ class Child:
     def output(self, stop: Stop) -> Iterator[bytes]:
         """What it prints on stdout, as it comes, and b"" per TICK of silence; its stderr is kept aside. Ends when it
         is gone, or has closed its stdout. Raises what `stop` says, and BackendFailed if it prints too much."""
-        pipes = self.pipes()
+        stdout, _ = pipes = self.pipes()
         last_words_end = math.inf
         while time.monotonic() < last_words_end:
             if self.process.poll() is not None:
                 yield from self.rest(pipes)
                 return
-            heard = [data for data in map(self.read, self.ready(pipes)) if data is not None]
+            heard = {pipe: self.read(pipe) for pipe in self.ready(pipes)}
             stop.check()
-            yield from filter(None, heard)
-            if b"" in heard:  # stdout is closed
+            pipes = [pipe for pipe in pipes if heard.get(pipe) != b""]  # what is closed would be ready for ever
+            if heard.get(stdout) == b"":
                 last_words_end = time.monotonic() + self.LAST_WORDS
-                pipes = pipes[1:]
-            elif not heard:
-                yield b""
+            else:
+                yield heard.get(stdout) or b""
 
     def pipes(self) -> List[int]:
         """stdout and stderr."""
@@ -4917,7 +4935,7 @@ class Child:
         return [self.process.stdout.fileno(), self.process.stderr.fileno()]
 
     def read(self, pipe: int) -> Optional[bytes]:
-        """What there is on stdout, b"" if it is closed; None for stderr, and if there is nothing."""
+        """What there is on stdout; None for stderr, and if there is nothing; b"" if it is closed."""
         try:
             data = os.read(pipe, 65536)
         except BlockingIOError:
@@ -4926,7 +4944,7 @@ class Child:
         if self.printed > self.max_output_bytes:
             raise BackendFailed(f"{self.command.argv[0]} was ended: it printed over {self.max_output_bytes} bytes; "
                                 "raise server.max_output_bytes to allow more")
-        if pipe == self.pipes()[0]:
+        if pipe == self.pipes()[0] or not data:
             return data
         self.stderr = (self.stderr + data)[-self.STDERR_KEPT:]
         return None
@@ -4988,6 +5006,7 @@ for signal in TERM TERM TERM KILL KILL; do
 done
 """
 GRACE = 1.5  # seconds between SIGTERM and SIGKILL: with the time to notice, under 2 s in all
+LAST_LOOK = 15.0  # seconds after the first
 LOOK_AGAIN = 0.1  # seconds between two looks for further descendants, unless those that are known go sooner
 PATIENCE = 2.0  # seconds for a CLI to store its conversation and go, once its answer is complete
 
@@ -5006,11 +5025,12 @@ class Children:
         """Raises BackendUnavailable if the program can not be started."""
         if os.name != "posix":
             raise BackendUnavailable("running a CLI needs Linux or macOS; on this system only the echo backend works")
-        self.appoint_heir()
         try:
+            self.appoint_heir()
             child = Child(command, server_mark=self.mark, max_output_bytes=self.max_output_bytes)
         except (OSError, ValueError) as error:
-            raise BackendUnavailable(f"{command.argv[0]} can not be started: {error}") from None
+            raise BackendUnavailable(f"{command.argv[0]} can not be started: {error}. Mend its installation, or set "
+                                     "another command in the config") from None
         with self.changed:
             self.alive.add(child)
         return child
@@ -5093,6 +5113,8 @@ def processes(mark: str) -> List[Process]:
     listed = subprocess.run(["ps", "-axEww", "-o", "pid=,ppid=,pgid=,state=,command="], capture_output=True,
                             text=True, errors="replace", check=False).stdout
     rows = [line.split(None, 4) for line in listed.splitlines()]
+    if not rows:
+        raise OSError("ps shows no process")
     return [Process(int(r[0]), int(r[1]), int(r[2]), r[3].startswith("Z"), f"{MARK}={mark}" in r[-1])
             for r in rows if len(r) == 5]
 
@@ -5103,11 +5125,11 @@ def proc_process(name: str, mark: bytes) -> Optional[Process]:
         return None
     try:
         state, parent, group = bytes_of(f"/proc/{name}/stat").rpartition(b")")[2].split()[:3]
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     try:
         marked = mark in bytes_of(f"/proc/{name}/environ")
-    except OSError:  # another user's, or just gone
+    except (PermissionError, FileNotFoundError, ProcessLookupError):  # another user's, or just gone
         marked = False
     return Process(int(name), int(parent), int(group), state == b"Z", marked)
 
@@ -5145,12 +5167,22 @@ def buried(process: Process) -> bool:
 
 
 def end_descendants(root: subprocess.Popen[bytes], mark: str) -> None:
-    """SIGTERM to every descendant, SIGKILL after GRACE seconds; returns when none is left."""
+    """SIGTERM to every descendant, SIGKILL after GRACE seconds; returns when none is left. What can not be signalled,
+    or does not die, is given up and logged: others need the slot."""
     began, number = time.monotonic(), signal.SIGTERM
     told: Set[int] = set()  # who has had the present signal: a CLI that cleans up is not told twice
     while True:
-        family = descendants(root, mark)
+        try:
+            family = descendants(root, mark)
+        except OSError as error:  # no free descriptor, say, with which to look
+            LOG.warning("what %d has started can not be looked up: %s", root.pid, error)
+            family = [Process(root.pid, os.getpid(), root.pid, zombie=False, marked=True)]
         if not family:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                root.wait(GRACE)  # it is a zombie before the last of its threads has gone, and can be reaped only then
+            return
+        if time.monotonic() - began > LAST_LOOK:
+            LOG.error("of what a CLI has started these do not end: %s", ", ".join(str(p.pid) for p in family))
             return
         if number == signal.SIGTERM and time.monotonic() - began > GRACE:
             number, told = signal.SIGKILL, set()
@@ -5278,9 +5310,14 @@ class Spare:
 def started(request: Settled, backend: Backend, children: Children, stop: Stop) -> Spare:
     """Start the CLI for a request, or for one like it, and greet it. Raises a ClinvkError if that can not be done."""
     try:
+        if not request.isolated and os.path.realpath(request.workdir) != request.workdir:
+            raise Forbidden(f"workdir: {request.workdir} is no longer the directory that was checked")
         stamps = backend.stamps(request)
         backend.prepare(request, functools.partial(output_of, children, stop))
         child = children.start(backend.command(request))
+    except OSError as error:
+        backend.clean_up()
+        raise BackendUnavailable(f"{backend.name} can not be started: {error}") from None
     except BaseException:
         backend.clean_up()
         raise
@@ -5698,7 +5735,11 @@ def in_process(events: Iterator[Event], slots: Slots, stop: Stop) -> Events:
 def from_cli(request: Settled, backend: Backend, spares: Spares, slots: Slots, stop: Stop, ran: Ran) -> Events:
     """The events of a CLI that waits for this request; if there is none, or it is Unfit, of one that is started."""
     with slots.released_on_error():
-        cli = spares.take(request) or started(request, backend, spares.children, stop)
+        cli = spares.take(request)
+        error = stop.error()
+        if not cli and isinstance(error, Canceled):  # nobody waits any more for what would be started now
+            raise error
+        cli = cli or started(request, backend, spares.children, stop)
     ran.start = cli.start
     try:
         yield from one_turn(request, cli, spares, slots, stop)
@@ -6590,6 +6631,12 @@ def one_task(task: int, start: StartTask, stop: TaskStop) -> Events:
             yield from events
     except ClinvkError as error:
         yield from failing(error)
+
+
+def admitted(slots: Slots, told: Tolds) -> Tolds:
+    """`told`, of runs that take one place in the line. Raises BackendUnavailable if that is full: nothing has run."""
+    with slots.admitting(), contextlib.closing(told):
+        yield from told
 
 
 def in_turn(count: int, start: StartTask, whole: Stop, *, stop_on_failure: bool) -> Tolds:
@@ -7993,6 +8040,9 @@ def plain_path(path: str) -> str:
 
 # ---- Host and Origin: no web page may drive the CLIs
 
+LONGEST_NAME = 253  # characters, of a host's
+
+
 def check_host(config: Config, head: Head) -> None:
     """A page that rebinds its own name to 127.0.0.1 still sends that name. Without keys, other machines need a name
     that was allowed by hand: what they say in Host is up to them."""
@@ -8004,7 +8054,8 @@ def check_host(config: Config, head: Head) -> None:
     allowed = {*map(host_name, server.allowed_hosts), *(own if near or config.keys else ())}
     for name in hosts_of(head):
         if name not in allowed:
-            shown = re.sub(".*@", "...@", name)  # there may be a password before it
+            shown = "...@" + name.rpartition("@")[2] if "@" in name else name  # there may be a password before it
+            shown = shown if len(shown) <= LONGEST_NAME else shown[:LONGEST_NAME] + "..."
             raise Forbidden(f'the Host "{shown}" is not allowed'
                             + ("" if near else " for another machine, without API keys")
                             + "; add it to server.allowed_hosts if it is yours")
@@ -8604,8 +8655,8 @@ class Server:
             except OSError as error:
                 raise BackendUnavailable(f"{directory} must be empty, for CLIs read what lies in it, and {name} can "
                                          f"not be moved to {aside} ({error.strerror}): remove it") from None
-            LOG.warning("a CLI has left %s in the directory of the model, which is to be empty: it is %s now", name,
-                        aside)
+            LOG.warning("a CLI has left %a in the directory of the model, which is to be empty: it is %a now", name,
+                        str(aside))
         return str(directory)
 
     def look_up_versions(self) -> None:
@@ -8650,10 +8701,11 @@ class Server:
 
     def forget(self, session: Session) -> str:
         """Delete what the CLI of a session has stored of it, as far as there is a way; why that failed, or ""."""
-        stop = Stop(closing=self.closing).allow(self.FORGET_SECS)
         try:
             self.spares.let_go(session.id)
             with self.forgetting:
+                stop = Stop(closing=self.closing).allow(self.FORGET_SECS)
+                stop.check()
                 if session.backend_session_id:
                     backend = self.backend(session.backend)
                     backend.forget(session.backend_session_id, functools.partial(output_of, self.children, stop))
@@ -8894,7 +8946,7 @@ def parallel(server: Server, call: Call) -> Answer:
     def summary(results: List[Result], answers: List[Json]) -> Json:
         failed = sum(result.failure is not None for result in results)
         return {"total_tasks": len(results), "completed": len(results) - failed, "failed": failed, "results": answers}
-    return shown_as(told, Several(natives, summary), stream=request.stream)
+    return shown_as(in_line(server, tasks, told), Several(natives, summary), stream=request.stream)
 
 
 @route("POST", "/api/v1/compare", body=CompareRequest, where="body", answer=CompareAnswer, events=EventLine,
@@ -8916,7 +8968,7 @@ def compare(server: Server, call: Call) -> Answer:
     def summary(results: List[Result], answers: List[Json]) -> Json:
         return {"prompt": request.prompt, "backends": request.backends,
                 "results": [{"model": "", **answer} for answer in answers]}
-    return shown_as(told, Several(natives, summary), stream=request.stream)
+    return shown_as(in_line(server, tasks, told), Several(natives, summary), stream=request.stream)
 
 
 @route("POST", "/api/v1/chain", body=ChainRequest, where="body", answer=ChainAnswer, events=EventLine,
@@ -8951,7 +9003,7 @@ def chain(server: Server, call: Call) -> Answer:
             step = dataclasses.replace(step, prompt=prompt)
         return start_task(server, Placed(step, at), stop, call.ran).events
     told = in_turn(len(tasks), start, call.stop, stop_on_failure=request.stop_on_failure)
-    return shown_as(told, shown, stream=request.stream)
+    return shown_as(in_line(server, tasks, told), shown, stream=request.stream)
 
 
 def is_dry(task: PromptRequest, config: Config) -> bool:
@@ -8984,8 +9036,7 @@ def ephemeral(task: Task, *, dry_run: bool) -> Task:
 
 
 def checked(server: Server, call: Call, tasks: Sequence[Placed]) -> List[Native]:
-    """A renderer for each task. Raises what is wrong with any of them, a faulty field first, and if the line is full:
-    nothing has run."""
+    """A renderer for each task. Raises what is wrong with any of them, a faulty field first: nothing has run."""
     natives: List[Native] = []
     others: List[ClinvkError] = []
     for task, at in tasks:
@@ -9000,8 +9051,6 @@ def checked(server: Server, call: Call, tasks: Sequence[Placed]) -> List[Native]
             others.append(placed(error, at))
     if others:
         raise others[0]
-    if not all(is_dry(task, server.config) for task, _ in tasks):
-        server.slots.admit()
     return natives
 
 
@@ -9009,6 +9058,11 @@ def placed(error: ClinvkError, at: str) -> ClinvkError:
     """`error`, whose fields stand in the body at `at`."""
     error.problems = [problem._replace(location=f"{at}.{problem.location}") for problem in error.problems]
     return error
+
+
+def in_line(server: Server, tasks: Sequence[Placed], told: Tolds) -> Tolds:
+    """`told`, as that of one request in the line; what runs dry need not wait."""
+    return told if all(is_dry(task, server.config) for task, _ in tasks) else admitted(server.slots, told)
 
 
 def start_task(server: Server, placed: Placed, stop: Stop, ran: List[Ran]) -> Started:
@@ -9089,10 +9143,8 @@ def started_runs(server: Server, call: Call, prompts: List[PromptRequest]) -> Tu
 
     def start_one(index: int, stop: TaskStop) -> Events:
         return start(prompts[index], stop, ran=call.ran, admitted=True).events
-    if not is_dry(prompts[0], server.config):
-        server.slots.admit()
-    return first, fan_out(len(prompts), start_one, call.stop, workers=min(len(prompts), server.slots.limit),
-                          fail_fast=True)
+    told = fan_out(len(prompts), start_one, call.stop, workers=min(len(prompts), server.slots.limit), fail_fast=True)
+    return first, in_line(server, [Placed(one, "") for one in prompts], told)
 
 
 # ---- Backends, sessions, health, metrics
@@ -10212,7 +10264,7 @@ def held_by_kernel(connection: socket.socket) -> int:
             return int.from_bytes(fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         if sys.platform == "darwin":
             return int(connection.getsockopt(socket.SOL_SOCKET, 0x1024))  # SO_NWRITE
-    except (OSError, ValueError):  # it is being closed just now
+    except (OSError, ValueError, AttributeError):  # it is being closed just now, by a worker perhaps
         return 0
     return 0
 
@@ -10231,6 +10283,8 @@ class Listener(waitress.server.TcpWSGIServer):
     def readable(self) -> bool:
         """waitress asks this before each wait: what is closed here is not waited for any more, so that its number can
         not be taken for that of a connection accepted meanwhile."""
+        if self.clinvk.closing.is_set():  # a signal's SystemExit is lost if it comes in the middle of a __del__
+            raise SystemExit(0)
         now = time.monotonic()
         self.turns += 1
         if now >= self.looks_at:
@@ -10245,7 +10299,7 @@ class Listener(waitress.server.TcpWSGIServer):
     def make_room(self, now: float) -> None:
         """Close the connection that has waited for longest without a request being answered, whichever way it came. Of
         those that came in the last turn, nothing has been read yet."""
-        channels = [each for each in self._map.values() if isinstance(each, Channel) and not each.is_answered]
+        channels = [each for each in list(self._map.values()) if isinstance(each, Channel) and not each.is_answered]
         read = [each for each in channels if each.came_in < each.server.turns - 1]
         if read:
             min(read, key=lambda channel: channel.waits_since).handle_close()
@@ -10446,9 +10500,17 @@ def run_server(server: Server, listening: Any) -> int:
     except SystemExit:  # it came before that
         pass
     finally:
-        listening.close()
+        close_sockets(listening)
         server.close()
     return 0
+
+
+def close_sockets(listening: Any) -> None:
+    """Of several listeners waitress waits for the workers once more when they are closed, for up to 5 s."""
+    if isinstance(listening, waitress.server.MultiSocketServer):
+        waitress.wasyncore.close_all(listening.map)
+    else:
+        listening.close()
 
 
 def set_up_logging() -> None:
@@ -10504,6 +10566,7 @@ def mode_for_others(file: Path) -> int:
 
 def stop_serving(server: Server, number: int, frame: Any) -> None:
     """Signal handler. The runs learn of it at once; a second signal changes nothing."""
-    if not server.closing.is_set():
-        server.closing.set()
-        raise SystemExit(0)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: None)  # first: it may come while this one holds the lock of `closing`
+    server.closing.set()
+    raise SystemExit(0)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import pytest
-from conftest import collect, eventually
+from conftest import collect
 
 import clinvk
 from clinvk import (BackendAuth, BackendFailed, ClinvkError, Config, Conflict, Done, Event, Failure, Forgotten, Init,
@@ -1110,13 +1110,21 @@ def test_codex_is_told_modes_and_system_prompt_with_the_thread(turn: Any, method
     assert started == {"id": 2, "method": method, "params": {**thread, **which}}
 
 
-@pytest.mark.parametrize("place", ["/home/user/work", "/home/user", "/"])
-def test_a_directory_whose_trust_the_user_has_decided_is_left_to_codex(place: str, tmp_path: Path) -> None:
-    config = config_of(tmp_path / "home")
-    (tmp_path / "home" / ".codex").mkdir()
-    (tmp_path / "home" / ".codex" / "config.toml").write_text(f'[projects."{place}"]\ntrust_level = "trusted"\n')
-    _, ears = asked("codex", config, request_of("codex", sandbox_mode="workspace"))
-    assert ears.said[-1]["params"] == {**THREAD, "ephemeral": True, "sandbox": "workspace-write"}
+@pytest.mark.parametrize("text, is_decided", [
+    ('[projects."{repo}/sub"]', True), ("[projects.'{repo}/sub']", True), ('[projects."{repo}"]', True),
+    ('[projects]\nprojects."{repo}".trust_level = "trusted"', True), ('[projects."{repo}/sub/more"]', False),
+    ('[projects."{above}"]', False), ('[mcp_servers.x]\nargs = ["{repo}"]', False), ("", False)])
+def test_only_a_directory_whose_trust_the_user_has_decided_is_left_to_codex(text: str, is_decided: bool,
+                                                                            tmp_path: Path) -> None:
+    """Of any other codex would write into the user's config that it is trusted, and start what it names."""
+    config, repo = config_of(tmp_path / "home"), tmp_path / "repo"
+    for folder in (tmp_path / "home" / ".codex", repo / ".git", repo / "sub"):
+        folder.mkdir(parents=True)
+    (tmp_path / "home" / ".codex" / "config.toml").write_text(text.format(repo=repo, above=tmp_path))
+    _, ears = asked("codex", config, request_of("codex", sandbox_mode="workspace", workdir=str(repo / "sub")))
+    decided = {} if is_decided else {"config": {"projects": {str(repo / "sub"): {"trust_level": "untrusted"}}}}
+    assert ears.said[-1]["params"] == {**THREAD, "ephemeral": True, "sandbox": "workspace-write",
+                                       "cwd": str(repo / "sub"), **decided}
 
 
 @pytest.mark.parametrize("effort, told", [("", {}), ("high", {"effort": "high"}), ("none", {"effort": "none"}),
@@ -1821,13 +1829,15 @@ def test_echo_answers_with_the_prompt_word_by_word(prompt: str, config: Config) 
 # ---- Files for the model way
 
 def test_scratch_directories_of_servers_that_are_gone_are_swept(config: Config) -> None:
+    """A number may be ours again, in a container."""
     ended = subprocess.Popen(["true"])
     ended.wait()
-    ours = clinvk.scratch_directory(config)
-    for name in (f"{ended.pid}-abc", "notes-x"):
-        (ours.parent / name).mkdir()
+    runs = clinvk.scratch_directory(config).parent  # with one of a server that had our number
+    others = [f"{os.getppid()}-abc", "notes-x"]
+    for name in (f"{ended.pid}-abc", *others):
+        (runs / name).mkdir()
     clinvk.sweep(config)
-    eventually(lambda: sorted(p.name for p in ours.parent.iterdir()) == sorted([ours.name, "notes-x"]))
+    assert sorted(path.name for path in runs.iterdir()) == sorted(others)
 
 
 @pytest.mark.parametrize("name", ["claude", "codex", "gemini"])

@@ -1,6 +1,7 @@
 """Several runs from one request: parallel, chain, compare, and their streams."""
 
 import contextlib
+import http.client
 import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List
@@ -117,6 +118,26 @@ def test_its_tasks_wait_for_slots_and_are_never_a_503(logged: Callable[..., Logg
     reply = it.server.call("POST", "/api/v1/parallel", {"tasks": [task(f"t{i}", backend="it") for i in range(5)],
                                                        "max_parallel": 5})
     assert reply.json["completed"] == 5 and it.most_at_once == 1
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/api/v1/parallel", {"tasks": [task("sleep", backend="it")] * 2}),
+    ("/api/v1/chain", {"steps": [task("sleep", backend="it")] * 2}),
+    ("/api/v1/compare", {"backends": ["it", "it"], "prompt": "sleep"}),
+    ("/v1/chat/completions", {"model": "it", "n": 2, "messages": [{"role": "user", "content": "sleep"}]})])
+def test_no_more_fan_outs_are_let_in_than_there_are_places(logged: Callable[..., Logged], path: str,
+                                                           body: Dict[str, Any]) -> None:
+    """Each has a thread to the end: with all of them, nobody would be answered."""
+    server = logged(max_concurrent_runs=1, max_waiting_runs=2).server
+    with contextlib.ExitStack() as stack:
+        def ask() -> http.client.HTTPConnection:
+            connection = stack.enter_context(contextlib.closing(server.connection()))
+            connection.request("POST", path, clinvk.to_json(body), {"Content-Type": "application/json"})
+            return connection
+        for _ in range(3):  # one with the slot, two in the line
+            ask()
+        eventually(lambda: server.call("GET", "/health").json["runs"] == {"active": 1, "waiting": 2, "limit": 1})
+        assert {ask().getresponse().status for _ in range(20)} == {503}
 
 
 def test_a_fan_out_that_finds_the_line_full_is_a_503(make_client: Callable[..., Client]) -> None:

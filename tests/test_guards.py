@@ -27,6 +27,13 @@ BODIES: Dict[str, Any] = {
     "/anthropic/v1/messages": {**CHAT, "max_tokens": 9}, "/anthropic/v1/messages/count_tokens": CHAT}
 
 
+def test_a_host_of_any_length_is_refused_at_once(serve: Callable[..., Served]) -> None:
+    server = serve()
+    for host in ("a" * 200_000, "@" * 200_000, "me:secret@" + "a" * 200_000):
+        reply = server.raw(request_of("GET /health HTTP/1.1", f"Host: {host}"))
+        assert reply.status == 403 and len(reply.body) < 1000 and b"secret" not in reply.body
+
+
 # ---- Every guard in front of every route
 
 class Asked(NamedTuple):

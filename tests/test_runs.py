@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -570,6 +571,33 @@ def test_a_run_without_a_process_is_ended_in_time_too(client: Any) -> None:
     assert client.server.slots.active == 0
 
 
+def test_a_cli_that_closes_its_stderr_is_asked_no_more_often_than_another(tmp_path: Path) -> None:
+    """What is closed is ready to be read for ever."""
+    children = clinvk.Children(10**6)
+    command = clinvk.Command(["sh", "-c", "exec 2>/dev/null; sleep 1; echo end"], str(tmp_path), dict(os.environ))
+    child = children.start(command)
+    heard = list(child.output(clinvk.Stop()))
+    assert b"".join(heard) == b"end\n" and len(heard) < 100
+    children.dismiss(child, clinvk.nothing, patience=0.0).join()
+    children.dismiss_heir()
+
+
+def test_a_directory_that_is_another_when_the_run_begins_is_refused(
+        make_client: Callable[..., Any], fake_cli: Callable[..., str], tmp_path: Path) -> None:
+    client = make_client({"server": {"max_concurrent_runs": 1}, "backends": {"own": {"command": fake_cli("print(1)")}}})
+    assert list(client.server.slots.take(clinvk.Stop())) == []  # the only slot
+    (tmp_path / "work").mkdir()
+    body = {"backend": "own", "prompt": "p", "workdir": str(tmp_path / "work")}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.call, "POST", "/api/v1/prompt", body)
+        eventually(lambda: client.server.slots.waiting)
+        (tmp_path / "work").rmdir()
+        (tmp_path / "work").symlink_to("/etc")
+        client.server.slots.release()
+        reply = asked.result()
+    assert (reply.status, "no longer the directory" in reply.json["detail"]) == (403, True)
+
+
 LITTERS = """
 seen = sorted(os.listdir())
 number = int(sys.stdin.read())
@@ -592,7 +620,7 @@ def test_what_a_cli_leaves_in_the_directory_of_the_model_the_next_one_does_not_s
     inner = left / "folder" / "inner"  # what the last one has left still lies in its place
     assert (left / "file").read_text() == inner.read_text() == "1"
     assert (left / "link").is_symlink()
-    assert f"a CLI has left file in the directory of the model, which is to be empty: it is {left / 'file'} now" in \
+    assert f"a CLI has left 'file' in the directory of the model, which is to be empty: it is '{left / 'file'}'" in \
         caplog.text
 
 

@@ -213,6 +213,14 @@ def test_a_union_that_refers_to_itself_twice_is_checked_once_per_level() -> None
     assert is_valid(nested(30), schema)  # else a thousand million looks
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Python's, of what sets may mean one day
+def test_a_pattern_without_an_end_is_refused_at_once() -> None:
+    for pattern in ("[" * 100_000, "[^" * 100_000, "\\[" * 50_000 + "["):
+        [fault] = clinvk.schema_faults({"pattern": pattern})
+        assert fault == "$.pattern: must be a regular expression that Python knows"
+    assert clinvk.value_faults("a$", {"pattern": r"[$\]]$"}) == []
+
+
 FOR_EVER = {"items": {"pattern": "^(a+)+$"}}
 
 
