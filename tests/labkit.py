@@ -280,13 +280,20 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     stub.process.wait()
 
 
-@pytest.fixture(scope="module", params=["claude", "codex", "gemini", "claude 2.1.331"])
-def cli(request: pytest.FixtureRequest, lab: Lab, pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
-    """Each CLI in turn, in a home and a directory where there is nothing but its set-up. Its tests share one clinvk."""
-    name, _, version = request.param.partition(" ")
-    made = Cli(name, lab, pyz, tmp_path_factory.mktemp(name), version=version)
-    yield made
-    made.close()
+def each_of(*names: str) -> Any:
+    """The fixture `cli`: each CLI in turn, in a home and a directory where there is nothing but its set-up. Its tests
+    share one clinvk."""
+    @pytest.fixture(scope="module", params=names)
+    def cli(request: pytest.FixtureRequest, lab: Lab, pyz: Path,
+            tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
+        name, _, version = request.param.partition(" ")
+        made = Cli(name, lab, pyz, tmp_path_factory.mktemp(name), version=version)
+        yield made
+        made.close()
+    return cli
+
+
+cli = each_of("claude", "codex", "gemini", "claude 2.1.331")
 
 
 @pytest.fixture

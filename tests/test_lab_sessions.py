@@ -18,7 +18,7 @@ import labkit
 from labkit import KEY, Cli, Lab, at_once, system_prompt, texts
 
 pytestmark = pytest.mark.lab
-lab, cli, another = labkit.lab, labkit.cli, labkit.another  # the fixtures
+lab, cli, another = labkit.lab, labkit.each_of("claude", "codex", "gemini"), labkit.another  # the fixtures
 Json = Dict[str, Any]
 
 
