@@ -2863,7 +2863,7 @@ def is_own_url(url: str, config: Config) -> bool:
     except ValueError:
         return False
     host = (parts.hostname or "").rstrip(".")
-    is_own = host == config.server.host.lower() or OWN_HOSTS.fullmatch(host)
+    is_own = host in (config.server.host.lower(), socket.gethostname().lower()) or OWN_HOSTS.fullmatch(host)
     return bool(is_own) and port == config.server.port
 
 
@@ -3220,7 +3220,7 @@ class JsonLines(Backend):
             yield from self.parse_line(message, mouth)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             kind = str(message.get("type") or message.get("method"))[:80]
-            LOG.warning("%s %s: a message of type %s is not understood (%s)", self.name, self.cli_version, kind,
+            LOG.warning("%s %s: a message of type %a is not understood (%s)", self.name, self.cli_version, kind,
                         type(error).__name__)
             if self.is_decisive(message):
                 yield from failing(BackendFailed(
@@ -9966,7 +9966,9 @@ def request_ended(server: Server, head: Head, status: int, request_id: str, bega
     ran = [one for one in ran if one.began]
     method = head.method if head.method in METHODS else "other"
     server.metrics.request_ended(method, pattern_of(routed_path(head)), status, seconds)
-    shown = [loggable(text, server.config.keys) for text in (head.method, head.path, request_id)]
+    shown = [loggable(text, server.config.keys) for text in (head.method, head.path)]
+    own_id = request_id != head.get("X-Request-Id")  # which a key can not be in, but by chance
+    shown.append(request_id if own_id else loggable(request_id, server.config.keys))
     runs = [[one for one in ran if one.backend == name] for name in dict.fromkeys(one.backend for one in ran)]
     LOG.info("%s %s %s %d %.0f ms %s%s", client_address(server.config, head) or "-", *shown[:2], status,
              1000 * seconds, shown[2], "".join(map(told_of, runs)))

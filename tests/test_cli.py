@@ -182,7 +182,7 @@ def test_it_starts_in_any_folder_without_a_home(pyz: Path, tmp_path: Path) -> No
     assert [path.name for path in folder.iterdir()] == [server.stderr_file.name]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST.", "127.1.2.3", "[::1]"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST.", "127.1.2.3", "[::1]", socket.gethostname()])
 def test_a_base_url_that_points_at_the_server_itself_is_not_in_a_cli(serve: Callable[..., Served], host: str) -> None:
     """A shell in which claude is to use clinvk may start clinvk, too: each claude would call it, and so on."""
     port, config = free_port(), {"backends": {"shown": {"command": "env"}}}

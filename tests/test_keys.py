@@ -179,6 +179,13 @@ def test_no_key_in_an_odd_place_is_told_or_logged(stage: Stage, key: str) -> Non
     assert leaks({**stage.answered(), **stage.seen(), **stage.stored(), "stderr": stage.server.stderr}) == set()
 
 
+def test_a_request_id_of_our_own_is_logged_as_it_was_answered(serve: Callable[..., Served]) -> None:
+    """With a short key left out, the log would tell that key beside the answer."""
+    server = serve(CLINVK_API_KEYS=",".join("0123456789abcdef"))
+    request_id = server.call("GET", "/health").headers["x-request-id"]
+    eventually(lambda: f" ms {request_id}\n" in server.stderr)
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="there is no /proc on this system")
 def test_no_key_is_on_the_command_line_or_in_the_environment_of_any_process_below_the_server(stage: Stage) -> None:
     def told_by(process: Path, name: str) -> str:
