@@ -5125,11 +5125,11 @@ def proc_process(name: str, mark: bytes) -> Optional[Process]:
         return None
     try:
         state, parent, group = bytes_of(f"/proc/{name}/stat").rpartition(b")")[2].split()[:3]
-    except (FileNotFoundError, ProcessLookupError):
+    except (PermissionError, FileNotFoundError, ProcessLookupError):  # another user's, where /proc hides them, or gone
         return None
     try:
         marked = mark in bytes_of(f"/proc/{name}/environ")
-    except (PermissionError, FileNotFoundError, ProcessLookupError):  # another user's, or just gone
+    except (PermissionError, FileNotFoundError, ProcessLookupError):
         marked = False
     return Process(int(name), int(parent), int(group), state == b"Z", marked)
 
