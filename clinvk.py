@@ -5176,7 +5176,9 @@ def end_descendants(root: subprocess.Popen[bytes], mark: str) -> None:
             family = descendants(root, mark)
         except OSError as error:  # no free descriptor, say, with which to look
             LOG.warning("what %d has started can not be looked up: %s", root.pid, error)
+            time.sleep(LOOK_AGAIN)
             family = [Process(root.pid, os.getpid(), root.pid, zombie=False, marked=True)]
+            told |= {root.pid} if root.poll() is not None else set()  # its number may be another's by now
         if not family:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 root.wait(GRACE)  # it is a zombie before the last of its threads has gone, and can be reaped only then

@@ -571,6 +571,68 @@ def test_a_run_without_a_process_is_ended_in_time_too(client: Any) -> None:
     assert client.server.slots.active == 0
 
 
+def started_family(folder: Path) -> Tuple[clinvk.Children, clinvk.Child, List[int]]:
+    """A CLI, and a process that it has started in a session of its own; and the numbers of both."""
+    children = clinvk.Children(10**6)
+    script = "import os, subprocess; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)"
+    command = clinvk.Command([sys.executable, "-c", script + "; import time; time.sleep(600)"], str(folder), {})
+    child = children.start(command)
+    other = next(int(data) for data in child.output(clinvk.Stop()) if data)
+    return children, child, [child.process.pid, other]
+
+
+def test_what_can_not_be_looked_up_is_no_sign_that_nothing_is_left(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    children, child, family = started_family(tmp_path)
+    look, failures = clinvk.processes, iter([OSError("Too many open files")] * 3)
+
+    def processes(mark: str) -> List[clinvk.Process]:
+        for failure in failures:
+            raise failure
+        return look(mark)
+    monkeypatch.setattr(clinvk, "processes", processes)
+    children.dismiss(child, clinvk.nothing, patience=0.0).join()
+    assert alive(family) == [] and children.wait_until_gone(0)
+    children.dismiss_heir()
+
+
+def test_what_can_not_be_ended_is_given_up_and_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      caplog: pytest.LogCaptureFixture) -> None:
+    children, child, family = started_family(tmp_path)
+    kill = os.kill
+    monkeypatch.setattr(clinvk, "LAST_LOOK", 0.5)
+    monkeypatch.setattr(clinvk.os, "kill", lambda pid, number: kill(pid, number) if number == 0 else None)
+    children.dismiss(child, clinvk.nothing, patience=0.0).join(60)
+    assert children.wait_until_gone(0) and set(alive(family)) == set(family)
+    assert all(str(pid) in caplog.text for pid in family) and "do not end" in caplog.text
+    monkeypatch.undo()
+    clinvk.end_descendants(child.process, child.mark)
+    assert alive(family) == []
+    children.dismiss_heir()
+
+
+def test_a_second_signal_changes_nothing(make_client: Callable[..., Any]) -> None:
+    server, numbers = make_client().server, (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: clinvk.stop_serving(server, *_)) for number in numbers}
+    try:
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        for number in numbers:
+            signal.raise_signal(number)
+        assert server.closing.is_set()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_home_that_can_not_be_written_is_an_unavailable_backend(make_client: Callable[..., Any]) -> None:
+    client = make_client({"backends": {"gemini": {"command": "cat"}}}, GEMINI_API_KEY="x")
+    (client.server.config.home / "runs").touch()  # where its scratch directory was to be
+    body = {"model": "gemini", "messages": [{"role": "user", "content": "hi"}]}
+    reply = client.call("POST", "/openai/v1/chat/completions", body)
+    assert reply.status == 503 and "gemini can not be started" in fault(reply, "openai")
+
+
 def test_a_cli_that_closes_its_stderr_is_asked_no_more_often_than_another(tmp_path: Path) -> None:
     """What is closed is ready to be read for ever."""
     children = clinvk.Children(10**6)
