@@ -6635,7 +6635,7 @@ def one_task(task: int, start: StartTask, stop: TaskStop) -> Events:
         yield from failing(error)
 
 
-def admitted(slots: Slots, told: Tolds) -> Tolds:
+def as_one_request(slots: Slots, told: Tolds) -> Tolds:
     """`told`, of runs that take one place in the line. Raises BackendUnavailable if that is full: nothing has run."""
     with slots.admitting(), contextlib.closing(told):
         yield from told
@@ -9064,7 +9064,7 @@ def placed(error: ClinvkError, at: str) -> ClinvkError:
 
 def in_line(server: Server, tasks: Sequence[Placed], told: Tolds) -> Tolds:
     """`told`, as that of one request in the line; what runs dry need not wait."""
-    return told if all(is_dry(task, server.config) for task, _ in tasks) else admitted(server.slots, told)
+    return told if all(is_dry(task, server.config) for task, _ in tasks) else as_one_request(server.slots, told)
 
 
 def start_task(server: Server, placed: Placed, stop: Stop, ran: List[Ran]) -> Started:
